@@ -1,0 +1,65 @@
+"""Ranks, process groups and the launcher's environment; the only file that knows of them.
+
+Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["device", "finalize", "initialize", "is_main", "parallel", "rank", "world_size"]
+
+
+def initialize() -> None:
+    """Join the process group that torchrun announces (NCCL on GPUs, Gloo on CPUs); alone, do nothing."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Under Slurm, ignite would overwrite torchrun's LOCAL_RANK with SLURM_LOCALID, the same for all ranks of a node.
+        os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def finalize() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return int(idist.get_rank())
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(idist.get_world_size())
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def parallel(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move `module` to `device` and average its gradients over all processes (DDP), if there are several."""
+    target = torch.device(device)
+    module = module.to(target)
+    if world_size() == 1:
+        return module
+    ids = [target] if target.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)

@@ -1,0 +1,125 @@
+"""Masked autoencoder: He et al. 2021, https://arxiv.org/abs/2111.06377, in 2D and 3D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biovfm_monai.methods.base import SSLMethod
+from biovfm_monai.networks import Block, ViT, patchify, random_mask, sincos_positions, unpatchify
+from biovfm_monai.networks.blocks import init_weights
+
+__all__ = ["MAE"]
+
+
+class MAE(SSLMethod):
+    """Hide most patches, encode the rest, and predict the pixels of the hidden ones.
+
+    Args:
+        encoder: sees the visible patches only.
+        mask_ratio: share of patches that is hidden.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's size.
+        norm_pix_loss: predict each patch with its own mean and standard deviation taken out.
+
+    Raises:
+        ValueError: when decoder_num_heads does not divide decoder_embed_dim.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        mask_ratio: float = 0.75,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        if decoder_embed_dim % decoder_num_heads:
+            raise ValueError(f"decoder_num_heads {decoder_num_heads} must divide decoder_embed_dim {decoder_embed_dim}")
+        self.encoder = encoder
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(encoder.patch_embed.patch_size) * encoder.in_channels)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean squared error over the hidden patches of batch["image"], B x C x (D) x H x W.
+
+        batch["anisotropy"], if there, is the degree of anisotropy of all its images.
+        """
+        patches, grid_size, anisotropy = self._patches(batch)
+        keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
+        prediction = self._predict(patches, grid_size, anisotropy, keep, hidden)
+        target = _take(patches, hidden).float()
+        if self.norm_pix_loss:
+            target = _normalise(target)[0]
+        return {"loss": F.mse_loss(prediction.float(), target)}
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Show what the network sees and what it fills in.
+
+        Returns:
+            The masked image (hidden patches at 0) and the reconstruction (visible patches as they were, hidden ones
+            predicted, given back the mean and standard deviation of the truth when norm_pix_loss took them out);
+            both B x C x D x H x W.
+        """
+        patches, grid_size, anisotropy = self._patches(batch)
+        keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
+        prediction = self._predict(patches, grid_size, anisotropy, keep, hidden).to(patches.dtype)
+        if self.norm_pix_loss:
+            _, mean, std = _normalise(_take(patches, hidden))
+            prediction = prediction * std + mean
+        index = hidden[..., None].expand_as(prediction)
+        stride = self.encoder.patch_embed.stride(anisotropy)
+        masked = patches.scatter(1, index, 0.0)
+        return unpatchify(masked, stride, grid_size), unpatchify(masked.scatter(1, index, prediction), stride, grid_size)
+
+    def _patches(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int, int], int]:
+        given = batch.get("anisotropy")
+        image, anisotropy = self.encoder.prepare(batch["image"], None if given is None else int(given))
+        grid_size = self.encoder.grid_size(image, anisotropy)
+        return patchify(image, self.encoder.patch_embed.stride(anisotropy)), grid_size, anisotropy
+
+    def _predict(
+        self, patches: Tensor, grid_size: tuple[int, int, int], anisotropy: int, keep: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """Predicted pixels of the hidden patches: B x hidden x voxels."""
+        positions = self.encoder.positions(grid_size, patches.device)
+        visible = self.decoder_embed(self.encoder.embed_patches(patches, positions, anisotropy, keep))
+        width = visible.shape[2]
+        table = sincos_positions(grid_size, width, self.encoder.spatial_dims).to(visible)
+        x = torch.cat([visible[:, :1], visible[:, 1:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = self.decoder_norm(x[:, -hidden.shape[1] :])
+        depth, full = self.encoder.patch_embed.stride(anisotropy)[0], self.encoder.patch_embed.patch_size[0]
+        if depth == full:
+            return self.decoder_pred(x)
+        weight, bias = (
+            t.unflatten(0, (depth, full // depth, -1)).mean(1).flatten(0, 1)
+            for t in (self.decoder_pred.weight, self.decoder_pred.bias)
+        )
+        return F.linear(x, weight, bias)
+
+
+def _take(patches: Tensor, index: Tensor) -> Tensor:
+    return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
+
+
+def _normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches with mean 0 and variance 1, and their mean and standard deviation."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    std = (variance + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std

@@ -1,0 +1,32 @@
+"""From tokens to one vector per image."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from biovfm_monai.networks.vit import ViT
+
+__all__ = ["Embedder"]
+
+
+class Embedder(nn.Module):
+    """Mean of an encoder's patch tokens, one vector per image.
+
+    A 2D encoder reads a volume slice by slice; the volume's vector is the mean over its slices.
+
+    Args:
+        encoder: maps an image to tokens, prefix tokens first.
+    """
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map B x C x (D) x H x W to B x embed_dim."""
+        slices = 1
+        if self.encoder.spatial_dims == 2 and image.ndim == 5:
+            slices = image.shape[2]
+            image = image.transpose(1, 2).flatten(0, 1)
+        tokens = self.encoder(image)[:, self.encoder.num_prefix_tokens :]
+        return tokens.mean(1).unflatten(0, (-1, slices)).mean(1)
