@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai.methods.base import SSLMethod
-from biovfm_monai.networks import Block, ViT, patchify, random_mask, sincos_positions, unpatchify
+from biovfm_monai.networks import Block, ViT, patchify, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
 
 __all__ = ["MAE"]
@@ -61,7 +61,7 @@ class MAE(SSLMethod):
         patches, grid_size, anisotropy = self._patches(batch)
         keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
         prediction = self._predict(patches, grid_size, anisotropy, keep, hidden)
-        target = _take(patches, hidden).float()
+        target = take_tokens(patches, hidden).float()
         if self.norm_pix_loss:
             target = _normalise(target)[0]
         return {"loss": F.mse_loss(prediction.float(), target)}
@@ -79,7 +79,7 @@ class MAE(SSLMethod):
         keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
         prediction = self._predict(patches, grid_size, anisotropy, keep, hidden).to(patches.dtype)
         if self.norm_pix_loss:
-            _, mean, std = _normalise(_take(patches, hidden))
+            _, mean, std = _normalise(take_tokens(patches, hidden))
             prediction = prediction * std + mean
         index = hidden[..., None].expand_as(prediction)
         stride = self.encoder.patch_embed.stride(anisotropy)
@@ -114,12 +114,8 @@ class MAE(SSLMethod):
         return F.linear(x, weight, bias)
 
 
-def _take(patches: Tensor, index: Tensor) -> Tensor:
-    return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
-
-
 def _normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Patches with mean 0 and variance 1, and their mean and standard deviation."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     std = (variance + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+    return (patches - mean).div_(std), mean, std

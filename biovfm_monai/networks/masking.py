@@ -1,11 +1,11 @@
-"""Which tokens are hidden: uniform random masks as in MAE (https://arxiv.org/abs/2111.06377)."""
+"""Which tokens are hidden, and picking tokens by number: uniform random masks as in MAE (https://arxiv.org/abs/2111.06377)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["random_mask"]
+__all__ = ["random_mask", "take_tokens"]
 
 
 def random_mask(
@@ -35,3 +35,10 @@ def random_mask(
     visible = min(max(int(num_tokens * (1 - mask_ratio)), 1), num_tokens - 1)
     order = torch.rand(batch_size, num_tokens, device=device, generator=generator).argsort(dim=1)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
+
+
+def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by number: B x L x C and B x K to B x K x C."""
+    b, length = tokens.shape[:2]
+    rows = index + length * torch.arange(b, device=index.device)[:, None]
+    return tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (b, -1))

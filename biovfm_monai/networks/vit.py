@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai.networks.blocks import Block, init_weights
+from biovfm_monai.networks.masking import take_tokens
 from biovfm_monai.networks.patch_embed import MAX_ANISOTROPY, PatchEmbed, patchify
 from biovfm_monai.networks.positions import sincos_positions
 
@@ -127,7 +128,7 @@ class ViT(nn.Module):
             B x (1 + K) x embed_dim.
         """
         if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
+            patches = take_tokens(patches, keep)
             positions = positions[0][keep]
         x = self.patch_embed(patches, anisotropy) + positions
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)

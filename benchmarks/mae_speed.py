@@ -1,0 +1,156 @@
+"""One MAE training step: ours against MONAI's `MaskedAutoEncoderViT` of equal size, and against the matrix-product rate.
+
+    python benchmarks/mae_speed.py [--rounds 9] [--threads 2]
+
+ViT-S/16 at 224 px (2D, 3 channels) and at 96 x 96 x 96 (3D, 1 channel), with the published decoder (512 wide, 8 deep)
+and a light one (192 wide, 4 deep). A step is forward, loss, backward and a fused AdamW update. All variants of a
+setting take turns within one run, each round starting with another one, and medians are compared. "share" is the
+step's floating-point operations over its time and over the rate of square matrix products of the same precision,
+timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from monai.networks.nets import MaskedAutoEncoderViT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from biovfm_monai.methods import MAE
+from biovfm_monai.networks import patchify, vit_small
+
+SETTINGS = {"2D 224x224": ((224, 224), 3, 32), "3D 96x96x96": ((96, 96, 96), 1, 32)}
+DECODERS = {"512 x 8": (512, 8, 16), "192 x 4": (192, 4, 6)}
+PRODUCT = 2048
+
+
+class MonaiLoss(torch.nn.Module):
+    """MONAI's network returns predictions and a mask; this adds the loss that MAE asks for."""
+
+    def __init__(self, img_size: tuple[int, ...], channels: int, decoder: tuple[int, int, int]) -> None:
+        super().__init__()
+        width, depth, heads = decoder
+        self.net = MaskedAutoEncoderViT(
+            channels, img_size, 16, 384, 1536, 12, 6, 0.75, width, 4 * width, depth, heads,
+            spatial_dims=len(img_size), qkv_bias=True, decoder_pos_embed_type="learnable",
+        )  # fmt: skip
+        self.patch = (1, 16, 16) if len(img_size) == 2 else (16, 16, 16)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Mean squared error on hidden patches, each normalised."""
+        prediction, mask = self.net(image)
+        target = patchify(image[:, :, None] if image.ndim == 4 else image, self.patch)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = ((prediction.float() - target) ** 2).mean(-1)
+        return (error * mask).sum() / mask.sum()
+
+
+def make_step(module: torch.nn.Module, loss: Callable[[], torch.Tensor], dtype: torch.dtype | None, device: str) -> Callable[[], None]:
+    """A function that takes one training step."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def product(dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """A function that multiplies two square matrices."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
+    return lambda: (a @ b, None)[1]
+
+
+def timed(call: Callable[[], None], device: str) -> float:
+    """Seconds of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(calls: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each call, all of them taking turns."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(timed(calls[name], device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def count_flops(module: MAE, image: torch.Tensor) -> int:
+    """Floating-point operations of forward and backward; the plain attention kernel, since torch counts that one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module({"image": image})["loss"].backward()
+    module.zero_grad()
+    return counter.get_total_flops()
+
+
+def run_setting(setting: str, decoder: str, rounds: int, device: str) -> None:
+    """Print the row of one image size and decoder."""
+    img_size, channels, batch = SETTINGS[setting]
+    image = torch.randn(batch, channels, *img_size, device=device)
+    width, depth, heads = DECODERS[decoder]
+    ours = MAE(vit_small(channels, img_size), 0.75, width, depth, heads).to(device)
+    theirs = MonaiLoss(img_size, channels, DECODERS[decoder]).to(device)
+    flops = count_flops(ours, image)
+    our_loss, their_loss = lambda: ours({"image": image})["loss"], lambda: theirs(image)
+    calls = {
+        "ours fp32": make_step(ours, our_loss, None, device),
+        "ours bf16": make_step(ours, our_loss, torch.bfloat16, device),
+        "MONAI fp32": make_step(theirs, their_loss, None, device),
+        "product fp32": product(torch.float32, device),
+        "product bf16": product(torch.bfloat16, device),
+    }
+    try:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            their_loss()
+        calls["MONAI bf16"] = make_step(theirs, their_loss, torch.bfloat16, device)
+    except RuntimeError as error:
+        print(f"MONAI's MaskedAutoEncoderViT fails under bf16 autocast: {error}")
+    seconds = medians(calls, rounds, device)
+    base = seconds["MONAI fp32"]
+    for name in ("ours fp32", "ours bf16", "MONAI fp32", "MONAI bf16"):
+        if name not in seconds:
+            continue
+        share = ""
+        if name.startswith("ours"):
+            rate = 2 * PRODUCT**3 / seconds[f"product {name[-4:]}"]
+            share = f"{flops / seconds[name] / rate:7.0%}"
+        print(f"{setting:12} {decoder:8} {name:11} {batch / seconds[name]:9.1f} {base / seconds[name]:9.2f}x {share}", flush=True)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {arguments.rounds} rounds")
+    print(f"{'image':12} {'decoder':8} {'variant':11} {'images/s':>9} {'vs MONAI':>10} {'share':>7}")
+    for setting in SETTINGS:
+        for decoder in DECODERS:
+            run_setting(setting, decoder, arguments.rounds, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

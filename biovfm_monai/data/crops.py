@@ -1,0 +1,68 @@
+"""Random crops of cached images, each a pure function of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from monai.data import CacheDataset, MetaTensor
+from torch.utils.data import Dataset
+
+from biovfm_monai.data.preprocessing import as_volume_size
+from biovfm_monai.errors import InputError
+
+__all__ = ["RandomCropDataset"]
+
+
+class RandomCropDataset(Dataset[dict[str, Any]]):
+    """An endless stream of crops: crop number n depends on the seed and on n only.
+
+    Every image gives one crop per pass; each pass has its own order.
+
+    Args:
+        data: datalist items.
+        transform: deterministic, item to sample with "image" C x depth x height x width; its results stay in memory.
+        crop_size: (height, width), cut from one slice, or (depth, height, width).
+        seed: of the order and of the crops' places.
+        cache_rate: share of the images that is kept in memory; the others are read again for every crop.
+        num_workers: threads that fill the memory.
+
+    Raises:
+        InputError: when there is no item.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        transform: Callable[[Any], Any],
+        crop_size: Sequence[int],
+        seed: int = 0,
+        cache_rate: float = 1.0,
+        num_workers: int = 2,
+    ) -> None:
+        if not data:
+            raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
+        self.images = CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
+        self.crop_size = as_volume_size(crop_size)
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, turn: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, turn)).permutation(len(self.images))
+
+    def __len__(self) -> int:
+        """Images, that is crops per pass; numbers beyond it go on with the next pass."""
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Crop of the given number: {"image": C x crop, "modality": name}."""
+        turn, place = divmod(number, len(self.images))
+        sample = self.images[int(self._order(turn)[place])]
+        image = sample["image"]
+        room = [n - c + 1 for n, c in zip(image.shape[1:], self.crop_size, strict=True)]
+        start = np.random.default_rng((self.seed, number, 1)).integers(room)
+        d, h, w = (slice(int(s), int(s) + c) for s, c in zip(start, self.crop_size, strict=True))
+        image = image.as_tensor() if isinstance(image, MetaTensor) else image
+        return {"image": image[:, d, h, w], "modality": sample["modality"]}

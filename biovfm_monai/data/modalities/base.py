@@ -1,0 +1,107 @@
+"""Steps that several modality presets share: slices first, bounded size, unit range."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    MapTransform,
+    Orientation,
+    Resize,
+    ScaleIntensityRangePercentiles,
+    Spacing,
+    Transform,
+)
+
+__all__ = ["EightBitd", "ShrinkInPlaned", "SlicesFirstd", "geometry"]
+
+# Which way the depth, height and width of a slice stack run: as a radiologist looks at axial, coronal, sagittal slices.
+_VIEWS = {"S": "SPL", "I": "SPL", "A": "PIL", "P": "PIL", "R": "LIP", "L": "LIP"}
+_THICK = 1.5
+
+
+class SlicesFirstd(MapTransform):
+    """Turn C x X x Y (x Z) into C x depth x height x width, the axis of the slices first.
+
+    The slices lie along the axis of size one, else along one whose spacing is 1.5 times the others', else along the
+    body axis. An image without depth gets depth 1.
+
+    Args:
+        keys: what to turn.
+        spacing: resample to these millimetres (depth, height, width); None keeps the grid.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None = None) -> None:
+        super().__init__(keys)
+        self.resample = None if spacing is None else Spacing(pixdim=spacing, mode="bilinear")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Turn one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image: MetaTensor = sample[key]
+            if image.ndim == 3:
+                sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], meta=image.meta)
+                continue
+            image = Orientation(axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S")))(image)
+            sample[key] = image if self.resample is None else self.resample(image)
+        return sample
+
+    @staticmethod
+    def _slice_direction(image: MetaTensor) -> str:
+        directions = nib.orientations.aff2axcodes(np.asarray(image.affine))
+        single = [axis for axis, size in enumerate(image.shape[1:]) if size == 1]
+        if len(single) == 1:
+            return str(directions[single[0]])
+        spacing = np.asarray(image.pixdim)
+        thick = int(spacing.argmax())
+        if spacing[thick] > _THICK * np.delete(spacing, thick).max():
+            return str(directions[thick])
+        return "S"
+
+
+class ShrinkInPlaned(MapTransform):
+    """Shrink height and width together until the shorter one is at most `short_side` pixels (PUMIT's 512)."""
+
+    def __init__(self, keys: KeysCollection, short_side: int = 512) -> None:
+        super().__init__(keys)
+        self.short_side = short_side
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Shrink one sample's images, C x depth x height x width."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image = sample[key]
+            depth, *plane = image.shape[1:]
+            if min(plane) > self.short_side:
+                ratio = self.short_side / min(plane)
+                sample[key] = Resize((depth, *(round(n * ratio) for n in plane)), mode="area")(image)
+        return sample
+
+
+class EightBitd(MapTransform):
+    """Scale to [0, 1]: 8-bit images by 255, all others between their 0.5 and 99.5 percentiles."""
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+        self.percentiles = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image = sample[key]
+            eight_bit = image.dtype.itemsize == 1
+            sample[key] = image.float() / 255 if eight_bit else self.percentiles(image)
+        return sample
+
+
+def geometry(keys: KeysCollection, spacing: Sequence[float] | None, intensity: Transform) -> Compose:
+    """A preset: slices first, optional resampling, then the modality's intensity rule, then the size limit."""
+    return Compose([SlicesFirstd(keys, spacing), intensity, ShrinkInPlaned(keys)])

@@ -1,0 +1,17 @@
+"""Fundus photography: colour, or its green channel, 8 bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.config import KeysCollection
+from monai.transforms import Compose
+
+from biovfm_monai.data.modalities.base import EightBitd, geometry
+
+__all__ = ["fundus"]
+
+
+def fundus(keys: KeysCollection, spacing: Sequence[float] | None = None) -> Compose:
+    """Colours to [0, 1], the shorter side at most 512 pixels; C x 1 x height x width."""
+    return geometry(keys, spacing, EightBitd(keys))

@@ -1,0 +1,17 @@
+"""Ultrasound: display values, 8 bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.config import KeysCollection
+from monai.transforms import Compose
+
+from biovfm_monai.data.modalities.base import EightBitd, geometry
+
+__all__ = ["ultrasound"]
+
+
+def ultrasound(keys: KeysCollection, spacing: Sequence[float] | None = None) -> Compose:
+    """Display values to [0, 1]; C x frames x height x width."""
+    return geometry(keys, spacing, EightBitd(keys))

@@ -1,0 +1,180 @@
+"""From what a file holds to what an encoder takes: preset by modality, channels, size."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import CastToTyped, Compose, MapTransform, Resize, SpatialPad
+
+from biovfm_monai.data import modalities
+from biovfm_monai.data.reading import ReadImaged
+from biovfm_monai.errors import InputError
+
+__all__ = ["ByModalityd", "FitSized", "MatchChannelsd", "RequireSized", "encoder_transform", "training_transform"]
+
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+class ByModalityd(MapTransform):
+    """Apply the preset of `biovfm_monai.data.modalities` that a sample's "modality" names.
+
+    Raises:
+        InputError: when there is no preset of that name.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None = None) -> None:
+        super().__init__(keys)
+        self.presets = {name: getattr(modalities, name)(keys, spacing=spacing) for name in modalities.__all__}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Preprocess one sample."""
+        if data.get("modality") not in self.presets:
+            raise InputError(
+                f"{_source(data[self.first_key(dict(data))])}: modality {data.get('modality')!r} has no preset; "
+                f"there are {', '.join(self.presets)}. Correct it in the datalist, or give --modality."
+            )
+        return dict(self.presets[data["modality"]](data))
+
+
+class MatchChannelsd(MapTransform):
+    """Give images as many channels as the encoder takes: grey is repeated, colour becomes its luminance.
+
+    Raises:
+        InputError: on any other mismatch.
+    """
+
+    def __init__(self, keys: KeysCollection, in_channels: int) -> None:
+        super().__init__(keys)
+        self.in_channels = in_channels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Match one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image = sample[key]
+            given = image.shape[0]
+            if given == self.in_channels:
+                continue
+            if given == 1:
+                sample[key] = image.repeat(self.in_channels, *[1] * (image.ndim - 1))
+            elif given == 3 and self.in_channels == 1:
+                weights = torch.tensor(_LUMINANCE, dtype=image.dtype).view(-1, *[1] * (image.ndim - 1))
+                sample[key] = (image * weights).sum(0, keepdim=True)
+            else:
+                raise InputError(
+                    f"{_source(image)}: has {given} channels, the encoder takes {self.in_channels}. "
+                    f"Remove the file, or train with --in_channels {given} on images that all have {given}."
+                )
+        return sample
+
+
+class RequireSized(MapTransform):
+    """Refuse images that are smaller than the crop to be cut from them.
+
+    Raises:
+        InputError: naming the file, its size and the crop.
+    """
+
+    def __init__(self, keys: KeysCollection, crop_size: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.crop_size = as_volume_size(crop_size)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check one sample's images, C x depth x height x width."""
+        for key in self.key_iterator(dict(data)):
+            size = tuple(data[key].shape[1:])
+            if any(n < c for n, c in zip(size, self.crop_size, strict=True)):
+                raise InputError(
+                    f"{_source(data[key])}: size {_times(size)} is smaller than the crop {_times(self.crop_size)}. "
+                    "Remove the file, or give a smaller --crop_size."
+                )
+        return dict(data)
+
+
+class FitSized(MapTransform):
+    """Scale an image so that it fits into a size, keep its proportions, and pad the rest with zeros.
+
+    A 2D size applies to every slice; slices are thinned out evenly to at most `max_slices`.
+    """
+
+    def __init__(self, keys: KeysCollection, img_size: Sequence[int], max_slices: int = 32) -> None:
+        super().__init__(keys)
+        self.img_size = tuple(img_size)
+        self.max_slices = max_slices
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Fit one sample's images, C x depth x height x width."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image = sample[key]
+            target = self.img_size
+            if len(target) == 2:
+                count = min(image.shape[1], self.max_slices)
+                image = image[:, torch.linspace(0, image.shape[1] - 1, count).round().long()]
+                target = (count, *target)
+            first = 1 if len(self.img_size) == 2 else 0
+            ratio = min(t / n for t, n in zip(target[first:], image.shape[1 + first :], strict=True))
+            scaled = [max(round(n * ratio), 1) for n in image.shape[1 + first :]]
+            image = Resize((*target[:first], *scaled), mode="area" if ratio < 1 else "trilinear")(image)
+            sample[key] = SpatialPad(target)(image)
+        return sample
+
+
+def as_volume_size(size: Sequence[int]) -> tuple[int, int, int]:
+    """(height, width) or (depth, height, width) as three numbers."""
+    d, h, w = (1, *size) if len(size) == 2 else size
+    return d, h, w
+
+
+def training_transform(
+    in_channels: int, crop_size: Sequence[int], spacing: Sequence[float] | None = None, keys: KeysCollection = ("image",)
+) -> Compose:
+    """Datalist item to float16 C x depth x height x width in [0, 1], at least as large as the crop."""
+    return Compose(
+        [
+            ReadImaged(keys),
+            ByModalityd(keys, spacing),
+            MatchChannelsd(keys, in_channels),
+            RequireSized(keys, crop_size),
+            CastToTyped(keys, dtype=torch.float16),
+        ]
+    )
+
+
+def encoder_transform(
+    in_channels: int, img_size: Sequence[int], mean: float, std: float, keys: KeysCollection = ("image",)
+) -> Compose:
+    """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W."""
+    return Compose(
+        [
+            ReadImaged(keys),
+            ByModalityd(keys),
+            MatchChannelsd(keys, in_channels),
+            FitSized(keys, img_size),
+            _Normalised(keys, mean, std),
+        ]
+    )
+
+
+class _Normalised(MapTransform):
+    def __init__(self, keys: KeysCollection, mean: float, std: float) -> None:
+        super().__init__(keys)
+        self.mean, self.std = mean, std
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            sample[key] = (sample[key].float() - self.mean) / self.std
+        return sample
+
+
+def _source(image: Any) -> str:
+    return str(image.meta.get("filename_or_obj", "image")) if isinstance(image, MetaTensor) else str(image)
+
+
+def _times(size: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in size)

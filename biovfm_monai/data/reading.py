@@ -1,0 +1,88 @@
+"""A file to a tensor with its geometry, through MONAI's readers (https://monai.readthedocs.io/en/stable/data.html#image-reader)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import ITKReader, MetaTensor, NibabelReader, PILReader
+from monai.data.image_reader import ImageReader
+from monai.transforms import EnsureChannelFirst, MapTransform
+from PIL import Image
+
+from biovfm_monai.errors import InputError
+
+__all__ = ["NIFTI", "PHOTO", "ReadImaged", "read_image", "suffix"]
+
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+PHOTO = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+def suffix(path: Path) -> str:
+    """The ending of a file's name in lower case, ".nii.gz" as one."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
+def _plain_colours(image: Image.Image) -> Image.Image:
+    """Colours in place of palette numbers, and no exotic colour spaces."""
+    if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
+        return image.convert("RGB")
+    return image.convert("L") if image.mode in ("1", "LA") else image
+
+
+def _reader(path: Path) -> ImageReader:
+    ending = suffix(path)
+    if ending in NIFTI:
+        return NibabelReader()
+    if ending in PHOTO:
+        return PILReader(converter=_plain_colours)
+    return ITKReader()
+
+
+def read_image(path: str | Path) -> MetaTensor:
+    """Read an image file, or a folder that holds one DICOM series.
+
+    Returns:
+        C x X x Y (x Z), as stored: uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres.
+
+    Raises:
+        InputError: when the file is missing, cannot be decoded, or holds a value that is not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file. Correct the path in the datalist.")
+    reader = _reader(path)
+    try:
+        array, meta = reader.get_data(reader.read(str(path)))
+    except Exception as error:  # noqa: BLE001 - the decoders raise whatever they like on a damaged file
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {reason[-1] if reason else 'no reason given'}). "
+            "Repair or remove the file."
+        ) from error
+    array = np.asarray(array)
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: holds {np.count_nonzero(~np.isfinite(array))} NaN or infinite voxels. Repair or remove it.")
+    meta["filename_or_obj"] = str(path)
+    image = MetaTensor.ensure_torch_and_prune_meta(torch.from_numpy(np.ascontiguousarray(array)), meta)
+    return EnsureChannelFirst()(image, meta_dict=meta)
+
+
+class ReadImaged(MapTransform):
+    """Replace the path under each key by the image read from it, as `read_image` does."""
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read the files of one datalist item."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            sample[key] = read_image(sample[key])
+        return sample

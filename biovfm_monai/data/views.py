@@ -1,0 +1,72 @@
+"""Random views of a batch, made on its device: draw parameters per image, then apply them in one resampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["RandomResizedCrop"]
+
+
+class RandomResizedCrop:
+    """Random resized crops and flips, in 2D and 3D, normalised: MAE's views (https://arxiv.org/abs/2111.06377).
+
+    An instance serves as the trainer's `prepare_batch`.
+
+    Args:
+        img_size: (height, width) or (depth, height, width) of the views.
+        scale: share of the area (volume) of the source that a view shows, drawn uniformly in between.
+        ratio: height over width, drawn log-uniformly in between; volumes keep their proportions.
+        flip: probability of a left-right flip.
+        mean, std: of the normalisation, after which [0, 1] becomes (0 - mean) / std and so on.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        mean: float = 0.5,
+        std: float = 0.5,
+    ) -> None:
+        self.img_size = tuple(img_size)
+        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
+        self.mean, self.std = mean, std
+
+    def draw(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
+        """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)): batch_size x dims x (dims + 1)."""
+        dims = len(self.img_size)
+
+        def uniform(low: float, high: float, *size: int) -> Tensor:
+            return low + (high - low) * torch.rand(batch_size, *size, device=device, generator=generator)
+
+        side = uniform(*self.scale) ** (1 / dims)
+        sides = side[:, None].expand(-1, dims).clone()
+        if dims == 2:
+            aspect = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).exp().sqrt()
+            sides = torch.stack([side / aspect, side * aspect], dim=1).clamp(max=1.0)
+        centre = uniform(-1.0, 1.0, dims) * (1 - sides)
+        sides[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
+        return torch.cat([torch.diag_embed(sides), centre[..., None]], dim=2)
+
+    def apply(self, image: Tensor, maps: Tensor) -> Tensor:
+        """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32."""
+        image = image.float()
+        if len(self.img_size) == 2:
+            image = image[:, :, 0]
+        grid = F.affine_grid(maps, [image.shape[0], 1, *self.img_size], align_corners=False)
+        view = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return (view - self.mean) / self.std
+
+    def __call__(
+        self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        """Move a batch to the device and make its views; everything but "image" stays as it is."""
+        image = batch["image"].to(device, non_blocking=non_blocking)
+        return {**batch, "image": self.apply(image, self.draw(image.shape[0], image.device))}
