@@ -15,8 +15,8 @@ class InputError(ValueError):
     """A file, key or value given by the user cannot be used; the message names it, the rule and the remedy."""
 
 
-def _find(error: BaseException | None) -> InputError | None:
-    while error is not None and not isinstance(error, InputError):
+def _find(error: BaseException | None) -> BaseException | None:
+    while error is not None and not isinstance(error, (InputError, FloatingPointError)):
         error = error.__cause__ or error.__context__
     return error
 

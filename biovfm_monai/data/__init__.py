@@ -1,0 +1,22 @@
+"""File to sample to batch."""
+
+from biovfm_monai.data.crops import RandomCropDataset
+from biovfm_monai.data.datalist import find_images, load_datalist
+from biovfm_monai.data.preprocessing import (
+    ByModalityd,
+    FitSized,
+    MatchChannelsd,
+    RequireSized,
+    encoder_transform,
+    training_transform,
+)
+from biovfm_monai.data.reading import ReadImaged, read_image
+from biovfm_monai.data.samples import sample_datalist, write_samples
+from biovfm_monai.data.sampling import GlobalBatchSampler
+from biovfm_monai.data.views import RandomResizedCrop
+
+__all__ = [
+    "ByModalityd", "FitSized", "GlobalBatchSampler", "MatchChannelsd", "RandomCropDataset", "RandomResizedCrop",
+    "ReadImaged", "RequireSized", "encoder_transform", "find_images", "load_datalist", "read_image", "sample_datalist",
+    "training_transform", "write_samples",
+]  # fmt: skip

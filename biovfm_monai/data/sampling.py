@@ -16,7 +16,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Numbers 0, 1, 2, ... in batches, each process and accumulation step taking its share of the global batch.
 
     A dataset that draws from the number alone (`RandomCropDataset`) then gives the same images in the same order on
-    one process or many, and from `samples_seen` alone a run continues where it was.
+    one process or many. Each iteration starts at number `samples_seen`, which the trainer sets; it is all the state
+    that a run needs to continue where it was.
 
     Args:
         batch_size: images per optimizer step, over all processes and accumulation steps.
@@ -45,11 +46,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's numbers, one micro-batch at a time."""
-        world, rank = distributed.world_size(), distributed.rank()
+        world, rank, begin = distributed.world_size(), distributed.rank(), self.samples_seen
         micro = self.batch_size // (world * self.accumulation_steps)
         for step in range(self.steps_per_epoch):
-            first = self.samples_seen + step * self.batch_size
+            first = begin + step * self.batch_size
             for part in range(self.accumulation_steps):
                 start = first + (part * world + rank) * micro
                 yield list(range(start, start + micro))
-        self.samples_seen += self.steps_per_epoch * self.batch_size

@@ -55,6 +55,11 @@ class RandomResizedCrop:
         sides[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
         return torch.cat([torch.diag_embed(sides), centre[..., None]], dim=2)
 
+    def still(self, batch_size: int) -> Tensor:
+        """Maps, as from `draw`, that show the whole source as it is."""
+        dims = len(self.img_size)
+        return torch.eye(dims, dims + 1).expand(batch_size, -1, -1)
+
     def apply(self, image: Tensor, maps: Tensor) -> Tensor:
         """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32."""
         image = image.float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monai.config import KeysCollection
-from monai.transforms import Compose, ScaleIntensityRanged
+from monai.transforms import CastToTyped, Compose, ScaleIntensityRanged
 
 from biovfm_monai.data.modalities.base import geometry
 
@@ -16,4 +16,5 @@ def ct(
     keys: KeysCollection, spacing: Sequence[float] | None = None, window: tuple[float, float] = (-1000.0, 1000.0)
 ) -> Compose:
     """Hounsfield units within `window` (from air to dense bone) to [0, 1], clipped; C x depth x height x width."""
-    return geometry(keys, spacing, ScaleIntensityRanged(keys, *window, 0.0, 1.0, clip=True))
+    scale = ScaleIntensityRanged(keys, *window, 0.0, 1.0, clip=True)
+    return geometry(keys, spacing, Compose([CastToTyped(keys), scale]))

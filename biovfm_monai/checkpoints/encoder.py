@@ -1,0 +1,110 @@
+"""Encoder files that describe themselves: safetensors (https://github.com/huggingface/safetensors) with a JSON header.
+
+The header's "biovfm_monai" entry holds "network" (`_target_` and the arguments that rebuild it), "preprocessing"
+(what the images went through) and "training" (how the weights came about).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from biovfm_monai import networks
+from biovfm_monai.errors import InputError
+from biovfm_monai.files import write_atomically
+from biovfm_monai.networks import ViT
+
+__all__ = ["build_encoder", "encoder_info", "load_encoder", "save_encoder"]
+
+_HEADER = "biovfm_monai"
+_PREFIX = "biovfm_monai.networks."
+
+
+def save_encoder(
+    encoder: ViT,
+    path: str | Path,
+    preprocessing: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an encoder file; what was at `path` stays until the new file is whole.
+
+    Args:
+        encoder: its weights and arguments are kept.
+        path: usually ends in .safetensors.
+        preprocessing: JSON values, how images became the encoder's input.
+        training: JSON values, how the weights came about.
+    """
+    header = {
+        "network": {"_target_": _PREFIX + type(encoder).__name__, **encoder.arguments},
+        "preprocessing": dict(preprocessing or {}),
+        "training": dict(training or {}),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    with write_atomically(path) as draft:
+        save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
+
+
+def encoder_info(path: str | Path) -> dict[str, Any]:
+    """The header of an encoder file: "network", "preprocessing" and "training".
+
+    Raises:
+        InputError: when the file is missing, damaged, or no encoder file of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such encoder file. Pretrain first, or correct the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged or no safetensors file ({error}). Copy or export it again.") from error
+    if _HEADER not in metadata:
+        raise InputError(f"{path}: a safetensors file without our header. Only files that save_encoder wrote can be used.")
+    return dict(json.loads(metadata[_HEADER]))
+
+
+def build_encoder(info: Mapping[str, Any]) -> ViT:
+    """The network that a header describes, with freshly initialised weights.
+
+    Raises:
+        InputError: when the header names a network this version does not have, or arguments it does not take.
+    """
+    arguments = dict(info["network"])
+    target = str(arguments.pop("_target_"))
+    name = target.removeprefix(_PREFIX)
+    if not target.startswith(_PREFIX) or name not in networks.__all__:
+        raise InputError(f"the encoder file asks for {target}, which this version does not have. Update biovfm-monai.")
+    try:
+        encoder: ViT = getattr(networks, name)(**arguments)
+    except TypeError as error:
+        raise InputError(f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai.") from error
+    return encoder
+
+
+def load_encoder(path: str | Path) -> ViT:
+    """Rebuild an encoder with its weights, in eval mode on the CPU.
+
+    Raises:
+        InputError: as `encoder_info` and `build_encoder`, or when the weights do not fit the network that the header
+            describes: every missing, unexpected or differently shaped key is listed.
+    """
+    encoder = build_encoder(encoder_info(path))
+    with safe_open(Path(path), framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if problems:
+        raise InputError(f"{path}: the weights are of another architecture than the header says: {'; '.join(problems)}.")
+    encoder.load_state_dict(state)
+    return encoder.eval()

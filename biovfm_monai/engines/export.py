@@ -1,0 +1,52 @@
+"""What a run leaves for use: the encoder file, and the bundle's `models/model.pt` as the model zoo wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+
+import biovfm_monai
+from biovfm_monai import distributed
+from biovfm_monai.checkpoints import save_encoder
+from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.files import write_atomically
+from biovfm_monai.networks import Embedder
+
+__all__ = ["EncoderHandler"]
+
+
+class EncoderHandler:
+    """Write the encoder after every epoch: `encoder.safetensors`, and `model.pt` with {"model": Embedder's weights}.
+
+    Args:
+        folder: where the two files go.
+        preprocessing: kept in the encoder file's header: how images became the encoder's input.
+    """
+
+    def __init__(self, folder: str | Path, preprocessing: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.preprocessing = dict(preprocessing or {})
+
+    def attach(self, engine: PretrainingTrainer) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self, engine: PretrainingTrainer) -> None:
+        if not distributed.is_main():
+            return
+        encoder = engine.method.encoder
+        training = {
+            "method": type(engine.method).__name__,
+            "steps": engine.step,
+            "samples_seen": engine.samples_seen,
+            "loss": float(engine.state.metrics.get("loss", engine.state.output["loss"])),
+            "biovfm_monai": biovfm_monai.__version__,
+            "torch": torch.__version__,
+        }
+        save_encoder(encoder, self.folder / "encoder.safetensors", self.preprocessing, training)
+        with write_atomically(self.folder / "model.pt") as draft:
+            torch.save({"model": Embedder(encoder).state_dict()}, draft)

@@ -1,0 +1,123 @@
+"""Pictures of what a masked autoencoder sees and fills in, one row per modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from biovfm_monai import distributed
+from biovfm_monai.data import RandomCropDataset, RandomResizedCrop
+from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.files import write_atomically
+
+__all__ = ["ReconstructionHandler"]
+
+_SEARCH = 64
+_MARGIN, _HEADING, _WIDTH = 4, 16, 192
+
+
+class Reconstructs(Protocol):
+    """A method that can show what it fills in, such as MAE."""
+
+    def reconstruct(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The masked and the reconstructed image of batch["image"]."""
+        ...
+
+    def eval(self) -> Any:
+        """Switch to evaluation."""
+        ...
+
+
+class ReconstructionHandler:
+    """Draw (image, masked, reconstructed) of one crop per modality, as `reconstruction.png` and in TensorBoard.
+
+    The crops, their masks and thus the picture's layout are the same each time, so that pictures can be compared.
+
+    Args:
+        method: what reconstructs.
+        dataset: source of the crops.
+        views: brings a crop to the encoder's size, without randomness.
+        folder: where the picture goes.
+        summary_writer: TensorBoard's, optional.
+        interval: epochs between pictures; the last epoch always gets one.
+        rows: most modalities that are shown, of those among the first 64 crops.
+    """
+
+    def __init__(
+        self,
+        method: Reconstructs,
+        dataset: RandomCropDataset,
+        views: RandomResizedCrop,
+        folder: str | Path,
+        summary_writer: SummaryWriter | None = None,
+        interval: int = 5,
+        rows: int = 8,
+    ) -> None:
+        self.method, self.dataset, self.views = method, dataset, views
+        self.path = Path(folder) / "reconstruction.png"
+        self.summary_writer = summary_writer
+        self.interval, self.rows = interval, rows
+        self._samples: list[dict[str, Any]] = []
+
+    def attach(self, engine: PretrainingTrainer) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._draw)
+
+    def _draw(self, engine: PretrainingTrainer) -> None:
+        due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
+        if not (due and distributed.is_main()):
+            return
+        self._samples = samples = self._samples or self._one_per_modality()
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(0)
+            crops = torch.stack([s["image"] for s in samples]).to(engine.state.device)
+            image = self.views.apply(crops, self.views.still(len(samples)).to(crops.device))
+            self.method.eval()
+            masked, filled = self.method.reconstruct({"image": image})
+        columns = [_middle_slice(t * self.views.std + self.views.mean) for t in (_as_volume(image), masked, filled)]
+        picture = _grid(columns, [s["modality"] for s in samples])
+        with write_atomically(self.path) as draft:
+            Image.fromarray(picture).save(draft, format="PNG")
+        if self.summary_writer is not None:
+            self.summary_writer.add_image("reconstruction", picture, engine.step, dataformats="HWC")
+
+    def _one_per_modality(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for number in range(min(len(self.dataset), _SEARCH)):
+            sample = self.dataset[number]
+            found.setdefault(sample["modality"], sample)
+            if len(found) == self.rows:
+                break
+        return [found[name] for name in sorted(found)]
+
+
+def _as_volume(image: Tensor) -> Tensor:
+    return image.unsqueeze(2) if image.ndim == 4 else image
+
+
+def _middle_slice(image: Tensor) -> np.ndarray:
+    """B x C x D x H x W in [0, 1] to B x H x W x 3, 8 bit."""
+    plane = image[:, :, image.shape[2] // 2].clamp(0, 1).cpu().permute(0, 2, 3, 1)
+    colours = plane[..., :3] if plane.shape[-1] >= 3 else plane[..., :1].expand(*plane.shape[:3], 3)
+    return (colours.numpy() * 255).round().astype(np.uint8)
+
+
+def _grid(columns: list[np.ndarray], names: list[str]) -> np.ndarray:
+    tile = _WIDTH + _MARGIN
+    sheet = Image.new("RGB", (len(columns) * tile + _MARGIN, len(names) * (tile + _HEADING) + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        top = row * (tile + _HEADING)
+        for column, (title, images) in enumerate(zip(("image", "masked", "reconstructed"), columns, strict=True)):
+            left = column * tile + _MARGIN
+            draw.text((left, top + 2), f"{name}: {title}" if column == 0 else title, fill="black")
+            sheet.paste(Image.fromarray(images[row]).resize((_WIDTH, _WIDTH), Image.Resampling.NEAREST), (left, top + _HEADING))
+    return np.asarray(sheet)

@@ -1,0 +1,116 @@
+"""How fast a run is, what it waits for and how its loss falls: shown, logged and kept as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from tqdm import tqdm
+
+from biovfm_monai import distributed
+from biovfm_monai.engines.trainer import PretrainingTrainer
+
+__all__ = ["ProgressHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class ProgressHandler:
+    """Progress bar in a terminal, log lines elsewhere, and one JSON line per interval.
+
+    Each interval's mean loss, rate of images, share of time spent waiting for data and the learning rate go to
+    `engine.state.metrics` on every process; the main process shows and writes them.
+
+    Args:
+        log_path: JSON-lines file, started anew unless the run resumes; None for no file.
+        interval: optimizer steps per line; the first step has a line of its own.
+    """
+
+    def __init__(self, log_path: str | Path | None = None, interval: int = 20) -> None:
+        self.log_path = None if log_path is None else Path(log_path)
+        self.interval = interval
+        self._waited = self._asked = self._begun = 0.0
+        self._losses: list[torch.Tensor] = []
+        self._samples = 0
+        self._bar: tqdm | None = None
+
+    def attach(self, engine: PretrainingTrainer) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._finish)
+
+    def _start(self, engine: PretrainingTrainer) -> None:
+        self._reset(engine)
+        if not distributed.is_main():
+            return
+        if self.log_path is not None and engine.step == 0:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_path.write_text("", encoding="utf-8")
+        # disable=None: no bar where standard error is no terminal.
+        self._bar = tqdm(total=engine.total_steps, initial=engine.step, unit="step", disable=None)
+
+    def _reset(self, engine: PretrainingTrainer) -> None:
+        self._losses, self._waited = [], 0.0
+        self._samples, self._begun = engine.samples_seen, time.perf_counter()
+
+    def _ask(self) -> None:
+        self._asked = time.perf_counter()
+
+    def _receive(self) -> None:
+        self._waited += time.perf_counter() - self._asked
+
+    def _count(self, engine: PretrainingTrainer) -> None:
+        self._losses.append(engine.state.output["loss"])
+        if engine.state.iteration % engine.accumulation_steps:
+            return
+        if self._bar is not None:
+            self._bar.update()
+        if engine.step == 1 or engine.step % self.interval == 0 or engine.step == engine.total_steps:
+            self._report(engine)
+            self._reset(engine)
+
+    def _report(self, engine: PretrainingTrainer) -> None:
+        # Reading the losses waits for the device, so the clock is read after it.
+        loss = torch.stack(self._losses).float().mean().item()
+        seconds = time.perf_counter() - self._begun
+        metrics = {
+            "loss": loss,
+            "learning_rate": engine.optimizer.param_groups[0]["lr"],
+            "images_per_second": (engine.samples_seen - self._samples) / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        engine.state.metrics.update(metrics)
+        if not distributed.is_main():
+            return
+        line = {"step": engine.step, "samples": engine.samples_seen, "seconds": round(seconds, 3), **metrics}
+        if self.log_path is not None:
+            with self.log_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self._show(engine, metrics)
+
+    def _show(self, engine: PretrainingTrainer, metrics: dict[str, Any]) -> None:
+        rate = metrics["images_per_second"]
+        text = (
+            f"loss {metrics['loss']:.4f}, rate {metrics['learning_rate']:.2e}, "
+            f"{rate:.0f} images/s, {metrics['data_wait']:.0%} waiting for data"
+        )
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            return
+        images = (engine.total_steps - engine.step) * (engine.samples_seen / max(engine.step, 1))
+        left = time.strftime("%H:%M:%S", time.gmtime(images / max(rate, 1e-9)))
+        logger.info("step %d of %d: %s, %s left", engine.step, engine.total_steps, text, left)
+
+    def _finish(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if error is not None:
+            raise error

@@ -1,0 +1,98 @@
+"""The state of a run, written so that a kill at any moment leaves a usable file behind."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+
+from biovfm_monai import distributed
+from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.errors import InputError
+from biovfm_monai.files import write_atomically
+
+__all__ = ["StateHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class StateHandler:
+    """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`.
+
+    A state holds the method (teacher and heads too), the optimizer, the loss scaler and the iteration; schedules, data
+    order and random numbers follow from the iteration. Files hold tensors and plain values only and are read with
+    `weights_only=True`.
+
+    Args:
+        folder: where the two files are.
+        interval: epochs between writes; the last epoch is always written.
+        resume: start from the newest readable state in the folder, if there is one.
+
+    Raises:
+        InputError: on resuming from a state of another network or optimizer.
+    """
+
+    def __init__(self, folder: str | Path, interval: int = 1, resume: bool = False) -> None:
+        self.folder = Path(folder)
+        self.interval = interval
+        self.resume = resume
+
+    def attach(self, engine: PretrainingTrainer) -> None:
+        """Register with a trainer."""
+        # Before all other handlers: they look at where the run is.
+        engine.add_event_handler(Events.STARTED, self._load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self, engine: PretrainingTrainer) -> None:
+        due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
+        if not (due and distributed.is_main()):
+            return
+        state = {
+            "method": engine.method.state_dict(),
+            "optimizer": engine.optimizer.state_dict(),
+            "loss_scaler": engine.loss_scaler.state_dict(),
+            "iteration": engine.state.iteration,
+            "epoch": engine.state.epoch,
+        }
+        latest = self.folder / "latest.pt"
+        with write_atomically(latest) as draft:
+            torch.save(state, draft)
+            if latest.exists():
+                latest.replace(self.folder / "previous.pt")
+
+    def _load(self, engine: PretrainingTrainer) -> None:
+        if not self.resume:
+            return
+        for name in ("latest.pt", "previous.pt"):
+            path = self.folder / name
+            state = self._read(path, engine.state.device) if path.exists() else None
+            if state is not None:
+                self._apply(engine, state, path)
+                return
+        logger.info("no state to resume from in %s: starting anew", self.folder)
+
+    @staticmethod
+    def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
+        try:
+            return dict(torch.load(path, map_location=device, weights_only=True))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            logger.warning("%s is damaged (%s): trying the state before it", path, str(error).splitlines()[0])
+            return None
+
+    @staticmethod
+    def _apply(engine: PretrainingTrainer, state: dict[str, Any], path: Path) -> None:
+        try:
+            engine.method.load_state_dict(state["method"])
+            engine.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path}: is the state of another configuration ({error}). Resume with the configuration it was made "
+                "with, or start anew with --resume False."
+            ) from error
+        engine.loss_scaler.load_state_dict(state["loss_scaler"])
+        engine.state.iteration, engine.state.epoch = state["iteration"], state["epoch"]
+        logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)

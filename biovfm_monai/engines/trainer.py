@@ -1,0 +1,188 @@
+"""The Ignite engine that trains any `SSLMethod` (https://pytorch.org/ignite), on MONAI's `SupervisedTrainer`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents, default_prepare_batch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from biovfm_monai import distributed
+from biovfm_monai.data import GlobalBatchSampler
+from biovfm_monai.errors import InputError
+from biovfm_monai.methods import SSLMethod
+
+__all__ = ["PretrainingTrainer"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PretrainingTrainer(SupervisedTrainer):
+    """Train a self-supervised method on unlabelled batches.
+
+    Differs from its parent where self-supervision needs it: the network returns its own loss; autocast follows the
+    device (bf16 on CPU and GPU, fp16 with a loss scaler on GPU); gradients are clipped after unscaling; schedules move
+    once per optimizer step; the method is told of each step; every iteration draws its random numbers from its own
+    seed, so that a resumed run repeats what an undisturbed one does; a loss that is not finite ends the run.
+
+    Args:
+        device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
+            key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. When the loader's batch sampler is a
+            `GlobalBatchSampler`, it is set to where the run is, and iterations are counted in its micro-batches.
+        network: the method, or its `DistributedDataParallel`.
+        optimizer: over the method's parameters.
+        prepare_batch: (batch, device, non_blocking) -> batch on the device, views made.
+        precision: "fp32", "bf16" or "fp16".
+        clip_norm: largest norm of all gradients together; None for no clipping.
+        schedules: name of an optimizer setting ("lr", "weight_decay") -> value as a function of progress in [0, 1]; a
+            parameter group's "<name>_scale" multiplies it.
+        seed: of masks and views.
+
+    Raises:
+        InputError: on an unknown precision, or fp16 without a GPU.
+        FloatingPointError: in `run`, when the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable,
+        network: nn.Module,
+        optimizer: Optimizer,
+        prepare_batch: Callable[..., Mapping[str, Any]] = default_prepare_batch,
+        epoch_length: int | None = None,
+        non_blocking: bool = True,
+        inferer: Inferer | None = None,
+        train_handlers: Sequence | None = None,
+        key_train_metric: dict | None = None,
+        additional_metrics: dict | None = None,
+        precision: str = "fp32",
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
+        schedules: Mapping[str, Callable[[float], float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if precision not in _DTYPES:
+            raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(_DTYPES)}.")
+        device = torch.device(device)
+        if precision == "fp16" and device.type != "cuda":
+            raise InputError(f"precision 'fp16' needs a CUDA GPU, the device is {device}. Give --precision bf16.")
+        self.dtype = _DTYPES[precision]
+        self.loss_scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.clip_norm = clip_norm
+        self.schedules = dict(schedules or {})
+        self.seed = seed
+        self._unchecked: deque[tuple[int, Tensor]] = deque()
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=_own_loss,
+            epoch_length=epoch_length,
+            non_blocking=non_blocking,
+            prepare_batch=prepare_batch,
+            inferer=inferer,
+            key_train_metric=key_train_metric,
+            additional_metrics=additional_metrics,
+            train_handlers=train_handlers,
+            decollate=False,
+            accumulation_steps=accumulation_steps,
+        )
+        self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
+        self.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.check_losses(0))
+
+    @property
+    def method(self) -> SSLMethod:
+        """The method itself, out of its parallel wrapper."""
+        network: Any = self.network
+        return network.module if isinstance(network, DistributedDataParallel) else network
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are complete."""
+        return int(self.state.iteration) // self.accumulation_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.state.max_epochs * self.state.epoch_length) // self.accumulation_steps
+
+    @property
+    def samples_seen(self) -> int:
+        """Images used so far by all processes together, when the loader has a `GlobalBatchSampler`; else iterations."""
+        sampler = getattr(self.data_loader, "batch_sampler", None)
+        return self.step * sampler.batch_size if isinstance(sampler, GlobalBatchSampler) else int(self.state.iteration)
+
+    def _iteration(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+        """One micro-batch: forward and backward, and at the end of a group the optimizer's step."""
+        iteration = int(self.state.iteration)
+        torch.manual_seed(self.seed + iteration * distributed.world_size() + distributed.rank())
+        batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        self.network.train()
+        if (iteration - 1) % self.accumulation_steps == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        steps_now = iteration % self.accumulation_steps == 0
+        with self._gradient_sync(steps_now):
+            with torch.autocast(self.state.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                output = self.inferer(batch, self.network)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            loss = self.loss_function(output, None)
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.loss_scaler.scale(loss / self.accumulation_steps).backward()
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self._unchecked.append((iteration, loss.detach()))
+        # On a GPU the newest loss is still being computed, and reading it would make the host wait.
+        self.check_losses(0 if loss.device.type == "cpu" else 1)
+        if steps_now:
+            self._optimizer_step()
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in output.items()}
+
+    def _gradient_sync(self, steps_now: bool) -> AbstractContextManager:
+        if isinstance(self.network, DistributedDataParallel) and not steps_now:
+            return self.network.no_sync()
+        return nullcontext()
+
+    def _optimizer_step(self) -> None:
+        for name, schedule in self.schedules.items():
+            value = schedule(self.step / self.total_steps)
+            for group in self.optimizer.param_groups:
+                group[name] = value * group.get(f"{name}_scale", 1.0)
+        if self.clip_norm is not None:
+            self.loss_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        self.loss_scaler.step(self.optimizer)
+        self.loss_scaler.update()
+        self.method.after_step(self.step / self.total_steps)
+
+    def check_losses(self, leave: int) -> None:
+        """Raise FloatingPointError if a loss is not finite, the newest `leave` of them not looked at yet."""
+        while len(self._unchecked) > leave:
+            iteration, loss = self._unchecked.popleft()
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at iteration {iteration}. Lower --learning_rate, set --clip_norm 1.0, "
+                    "or train with --precision fp32; the last checkpoint is from before."
+                )
+
+
+def _own_loss(output: Mapping[str, Tensor], _: None) -> Tensor:
+    return output["loss"]
+
+
+def _place_sampler(engine: Engine) -> None:
+    sampler = getattr(engine.data_loader, "batch_sampler", None)
+    if isinstance(sampler, GlobalBatchSampler):
+        sampler.samples_seen = engine.samples_seen

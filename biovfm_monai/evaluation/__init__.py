@@ -1,0 +1,6 @@
+"""What an encoder is worth: embeddings and probes."""
+
+from biovfm_monai.evaluation.embed import embed, transform_of
+from biovfm_monai.evaluation.knn import KNNProbe, knn_accuracy
+
+__all__ = ["KNNProbe", "embed", "knn_accuracy", "transform_of"]

@@ -1,0 +1,101 @@
+"""k nearest neighbours on frozen features, as in DINOv2 (https://arxiv.org/abs/2304.07193), through scikit-learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from biovfm_monai.checkpoints import build_encoder, encoder_info, load_encoder
+from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation.embed import embed, transform_of
+from biovfm_monai.files import write_atomically
+
+__all__ = ["KNNProbe", "knn_accuracy"]
+
+_TEMPERATURE = 0.07
+
+
+def knn_accuracy(
+    train: np.ndarray, train_labels: Sequence[Any], test: np.ndarray, test_labels: Sequence[Any], k: int = 20
+) -> float:
+    """Accuracy of a soft vote of the k most similar training images.
+
+    Each feature is standardised by the training set, vectors are compared by cosine similarity s, and a neighbour's
+    vote weighs exp(s / 0.07).
+
+    Args:
+        train, test: images x features.
+        train_labels, test_labels: one class per image.
+        k: neighbours; no more than there are training images.
+
+    Raises:
+        InputError: when there are fewer training images than k.
+    """
+    if len(train) < k:
+        raise InputError(f"kNN with k {k} needs at least as many training images, got {len(train)}. Give a smaller k.")
+    vote = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / _TEMPERATURE))
+    model = make_pipeline(StandardScaler(), Normalizer(), vote).fit(train, train_labels)
+    return float(model.score(test, test_labels))
+
+
+class KNNProbe:
+    """Score an encoder file on a labelled task, beside two controls: the same network untrained, and raw pixels.
+
+    Args:
+        encoder_path: what is scored.
+        train, test: datalist items with a "label".
+        device: where the encoder runs.
+        k: neighbours.
+        seed: of the untrained network's weights.
+        output_path: JSON file for the scores; None for no file.
+
+    Raises:
+        InputError: when an item has no label.
+    """
+
+    def __init__(
+        self,
+        encoder_path: str | Path,
+        train: Sequence[Mapping[str, Any]],
+        test: Sequence[Mapping[str, Any]],
+        device: torch.device | str = "cpu",
+        k: int = 20,
+        seed: int = 0,
+        output_path: str | Path | None = None,
+    ) -> None:
+        for item in (*train, *test):
+            if "label" not in item:
+                raise InputError(f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.')
+        self.encoder_path = Path(encoder_path)
+        self.train, self.test = train, test
+        self.device, self.k, self.seed, self.output_path = device, k, seed, output_path
+
+    def run(self) -> dict[str, Any]:
+        """Accuracies of "encoder", "random_init" and "raw_pixels", "chance", and how many images and classes."""
+        labels = [[item["label"] for item in items] for items in (self.train, self.test)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            untrained = build_encoder(encoder_info(self.encoder_path))
+        contenders = {"encoder": load_encoder(self.encoder_path), "random_init": untrained, "raw_pixels": None}
+        transform = transform_of(self.encoder_path)
+        scores: dict[str, Any] = {}
+        for name, encoder in contenders.items():
+            train, test = (embed(encoder, items, transform, self.device) for items in (self.train, self.test))
+            scores[name] = knn_accuracy(train, labels[0], test, labels[1], self.k)
+        counts = np.unique(labels[1], return_counts=True)[1]
+        scores |= {
+            "chance": float(counts.max() / counts.sum()),
+            "classes": len(counts), "train_images": len(self.train), "test_images": len(self.test), "k": self.k,
+        }  # fmt: skip
+        if self.output_path is not None:
+            with write_atomically(self.output_path) as draft:
+                draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        return scores
