@@ -68,7 +68,7 @@ def load_datalist(dataset_dir: str | Path, section: str = "training", modality: 
 
 
 def find_images(folder: str | Path) -> list[dict[str, Any]]:
-    """Describe every image below a folder; a folder of DICOM slices of one series is one image.
+    """Describe every image below a folder, or one file; a folder of DICOM slices of one series is one image.
 
     Only headers are read. Modality and patient come from a DICOM header (the patient's identifier is hashed), the
     modality else from the nearest enclosing folder that is named after one, the spacing in mm from the header.
@@ -76,10 +76,11 @@ def find_images(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: when a header cannot be read, or slices of several series share a folder.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
+    if not folder.exists():
+        raise InputError(f"{folder}: no such file or folder. Correct the path.")
     items, ignored = [], 0
-    for parent in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir() and not _hidden(p, folder))]:
-        files = sorted(p for p in parent.iterdir() if p.is_file() and not p.name.startswith("."))
+    for parent, files in _files_by_folder(folder):
         slices = [p for p in files if suffix(p) in _DICOM]
         plain = [p for p in files if suffix(p) in (*NIFTI, *PHOTO, *_VOLUME) and suffix(p) != ".img"]
         ignored += len(files) - len(slices) - len(plain)
@@ -88,6 +89,14 @@ def find_images(folder: str | Path) -> list[dict[str, Any]]:
     if ignored:
         logger.info("%s: left out %d file(s) that are no image by their ending", folder, ignored)
     return items
+
+
+def _files_by_folder(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    if root.is_file():
+        yield root.parent, [root]
+        return
+    for parent in [root, *sorted(p for p in root.rglob("*") if p.is_dir() and not _hidden(p, root))]:
+        yield parent, sorted(p for p in parent.iterdir() if p.is_file() and not p.name.startswith("."))
 
 
 def _hidden(path: Path, root: Path) -> bool:

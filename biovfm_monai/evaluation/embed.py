@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose
 
-from biovfm_monai.checkpoints import encoder_info
-from biovfm_monai.data import encoder_transform
+from biovfm_monai.checkpoints import encoder_info, load_encoder
+from biovfm_monai.data import encoder_transform, find_images
 from biovfm_monai.errors import InputError
+from biovfm_monai.files import write_atomically
 from biovfm_monai.networks import Embedder, ViT
 
-__all__ = ["embed", "transform_of"]
+__all__ = ["embed", "embed_files", "transform_of"]
 
 
 def transform_of(encoder_path: str | Path) -> Compose:
@@ -33,36 +34,56 @@ def transform_of(encoder_path: str | Path) -> Compose:
     return encoder_transform(network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"])
 
 
-def embed(
-    encoder: ViT | None,
-    items: Sequence[Mapping[str, Any]],
-    transform: Callable[[Any], Any],
-    device: torch.device | str = "cpu",
-    batch_size: int = 32,
-) -> np.ndarray:
+def embed(encoder: ViT | None, images: Dataset, device: torch.device | str = "cpu", batch_size: int = 1) -> np.ndarray:
     """Embed images.
 
     Args:
         encoder: None gives the prepared pixels themselves, the control that every score should be compared with.
-        items: datalist items.
-        transform: as from `transform_of`; all images of a batch get one size.
+        images: samples with "image" as the encoder takes it, such as a MONAI dataset with `transform_of`.
         device: where the encoder runs.
-        batch_size: images at a time.
+        batch_size: images at a time; more than one only when all have the same number of slices.
 
     Returns:
         float32, images x embed_dim: the mean of the patch tokens (`Embedder`).
     """
     network = torch.nn.Flatten() if encoder is None else Embedder(encoder)
     network = network.to(device).eval()
-    loader = DataLoader(Dataset(list(items), transform), batch_size=batch_size, collate_fn=_collate)
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=_stack)
     with torch.inference_mode():
-        vectors = [network(images.to(device)).cpu() for images in loader]
+        vectors = [network(batch.to(device)).cpu() for batch in loader]
     return torch.cat(vectors).numpy()
 
 
-def _collate(samples: list[dict[str, Any]]) -> torch.Tensor:
+def _stack(samples: list[dict[str, Any]]) -> torch.Tensor:
     images = [s["image"] for s in samples]
-    plain = [image.as_tensor() if isinstance(image, MetaTensor) else image for image in images]
-    if len({image.shape for image in plain}) == 1:
-        return torch.stack(plain)
-    raise InputError("images of one batch differ in their number of slices. Give a batch_size of 1.")
+    return torch.stack([image.as_tensor() if isinstance(image, MetaTensor) else image for image in images])
+
+
+def embed_files(
+    paths: Sequence[str | Path], encoder_path: str | Path, out: str | Path, modality: str | None = None
+) -> tuple[int, int]:
+    """Embed image files, and all images below folders, into an .npz file with "files" and "embeddings".
+
+    Args:
+        paths: image files, folders of images, or folders of one DICOM series each.
+        encoder_path: encoder file.
+        out: file to write.
+        modality: of all files, where neither a header nor a folder's name tells it.
+
+    Returns:
+        Images and numbers per image.
+
+    Raises:
+        InputError: when a file cannot be used, or its modality is not known.
+    """
+    items = [item for path in paths for item in find_images(path)]
+    for item in items:
+        item["modality"] = modality or item["modality"]
+        if item["modality"] is None:
+            raise InputError(f"{item['image']}: cannot tell the modality. Give --modality.")
+    if not items:
+        raise InputError(f"no image found in {', '.join(str(path) for path in paths)}.")
+    vectors = embed(load_encoder(encoder_path), Dataset(items, transform_of(encoder_path)))
+    with write_atomically(out) as draft, draft.open("wb") as file:
+        np.savez(file, files=np.array([item["image"] for item in items]), embeddings=vectors)
+    return vectors.shape

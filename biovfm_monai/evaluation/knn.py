@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data import CacheDataset
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -20,7 +22,10 @@ from biovfm_monai.files import write_atomically
 
 __all__ = ["KNNProbe", "knn_accuracy"]
 
+logger = logging.getLogger(__name__)
+
 _TEMPERATURE = 0.07
+_BATCH = 64
 
 
 def knn_accuracy(
@@ -86,15 +91,18 @@ class KNNProbe:
             untrained = build_encoder(encoder_info(self.encoder_path))
         contenders = {"encoder": load_encoder(self.encoder_path), "random_init": untrained, "raw_pixels": None}
         transform = transform_of(self.encoder_path)
+        images = [CacheDataset(items, transform, num_workers=None, progress=False) for items in (self.train, self.test)]
         scores: dict[str, Any] = {}
         for name, encoder in contenders.items():
-            train, test = (embed(encoder, items, transform, self.device) for items in (self.train, self.test))
+            train, test = (embed(encoder, dataset, self.device, _BATCH) for dataset in images)
             scores[name] = knn_accuracy(train, labels[0], test, labels[1], self.k)
         counts = np.unique(labels[1], return_counts=True)[1]
         scores |= {
             "chance": float(counts.max() / counts.sum()),
             "classes": len(counts), "train_images": len(self.train), "test_images": len(self.test), "k": self.k,
         }  # fmt: skip
+        for name in contenders:
+            logger.info("kNN accuracy, %s: %.3f (chance %.3f)", name, scores[name], scores["chance"])
         if self.output_path is not None:
             with write_atomically(self.output_path) as draft:
                 draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")

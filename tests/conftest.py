@@ -1,0 +1,46 @@
+"""Shared by all tests: few threads, since tests run in parallel, and the sample images written once per process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from biovfm_monai.data import write_samples
+
+ROOT = Path(__file__).parents[1]
+BUNDLE = ROOT / "bundles/biovfm_mae_pretraining"
+
+
+def pytest_configure() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample images as a dataset folder."""
+    return Path(write_samples(tmp_path_factory.mktemp("data") / "samples"))
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command with this interpreter; returns what it printed."""
+
+    def call(*arguments: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, **env}, timeout=timeout,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return call
