@@ -1,4 +1,4 @@
-"""One MAE training step: ours against MONAI's `MaskedAutoEncoderViT` of equal size, and against the matrix-product rate.
+"""One MAE training step: against MONAI's `MaskedAutoEncoderViT` of equal size, and the matrix-product rate.
 
     python benchmarks/mae_speed.py [--rounds 9] [--threads 2]
 
@@ -50,7 +50,9 @@ class MonaiLoss(torch.nn.Module):
         return (error * mask).sum() / mask.sum()
 
 
-def make_step(module: torch.nn.Module, loss: Callable[[], torch.Tensor], dtype: torch.dtype | None, device: str) -> Callable[[], None]:
+def make_step(
+    module: torch.nn.Module, loss: Callable[[], torch.Tensor], dtype: torch.dtype | None, device: str
+) -> Callable[[], None]:
     """A function that takes one training step."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
 
@@ -133,7 +135,10 @@ def run_setting(setting: str, decoder: str, rounds: int, device: str) -> None:
         if name.startswith("ours"):
             rate = 2 * PRODUCT**3 / seconds[f"product {name[-4:]}"]
             share = f"{flops / seconds[name] / rate:7.0%}"
-        print(f"{setting:12} {decoder:8} {name:11} {batch / seconds[name]:9.1f} {base / seconds[name]:9.2f}x {share}", flush=True)
+        print(
+            f"{setting:12} {decoder:8} {name:11} {batch / seconds[name]:9.1f} {base / seconds[name]:9.2f}x {share}",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -65,7 +65,8 @@ def bundle(name: str, folder: str) -> str:
 
     root = str(copy_bundle(name, str(folder)))
     train = shlex.quote(root + "/configs/train.json")
-    return f"{root}: ready. Run it with\n\n    python -m monai.bundle run --config_file {train} --bundle_root {shlex.quote(root)}\n"
+    command = f"python -m monai.bundle run --config_file {train} --bundle_root {shlex.quote(root)}"
+    return f"{root}: ready. Run it with\n\n    {command}\n"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ __all__ = ["device", "finalize", "initialize", "is_main", "parallel", "rank", "w
 def initialize() -> None:
     """Join the process group that torchrun announces (NCCL on GPUs, Gloo on CPUs); alone, do nothing."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Under Slurm, ignite would overwrite torchrun's LOCAL_RANK with SLURM_LOCALID, the same for all ranks of a node.
+        # Under Slurm, ignite would overwrite torchrun's LOCAL_RANK with SLURM_LOCALID, one for all ranks of a node.
         os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():

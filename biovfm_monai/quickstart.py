@@ -70,8 +70,8 @@ def _summary(root: Path, scores: dict[str, Any], minutes: float, command: list[s
     name = shlex.quote(str(root))
     run = "python " + shlex.join(command[:7])
     return f"""
-Pretrained a vision transformer on {last["samples"]} crops of real images in {minutes:.1f} minutes ({images / seconds:.0f} images/s).
-The loss fell from {first["loss"]:.3f} to {last["loss"]:.3f}.
+Pretrained a vision transformer on {last["samples"]} crops of real images in {minutes:.1f} minutes.
+{images / seconds:.0f} images/s; the loss fell from {first["loss"]:.3f} to {last["loss"]:.3f}.
 
 Which ninth of the brain does a crop come from? kNN on {scores["test_images"]} crops of slices that were held out,
 each turned, mirrored, zoomed and changed in contrast at random (chance {scores["chance"]:.1%}):

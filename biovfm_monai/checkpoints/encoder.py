@@ -64,7 +64,9 @@ def encoder_info(path: str | Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise InputError(f"{path}: damaged or no safetensors file ({error}). Copy or export it again.") from error
     if _HEADER not in metadata:
-        raise InputError(f"{path}: a safetensors file without our header. Only files that save_encoder wrote can be used.")
+        raise InputError(
+            f"{path}: a safetensors file without our header. Only files that save_encoder wrote can be used."
+        )
     return dict(json.loads(metadata[_HEADER]))
 
 
@@ -82,7 +84,9 @@ def build_encoder(info: Mapping[str, Any]) -> ViT:
     try:
         encoder: ViT = getattr(networks, name)(**arguments)
     except TypeError as error:
-        raise InputError(f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai.") from error
+        raise InputError(
+            f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai."
+        ) from error
     return encoder
 
 
@@ -105,6 +109,8 @@ def load_encoder(path: str | Path) -> ViT:
         if name in state and state[name].shape != shape
     ]
     if problems:
-        raise InputError(f"{path}: the weights are of another architecture than the header says: {'; '.join(problems)}.")
+        raise InputError(
+            f"{path}: the weights are of another architecture than the header says: {'; '.join(problems)}."
+        )
     encoder.load_state_dict(state)
     return encoder.eval()

@@ -34,7 +34,9 @@ _MODALITY = {
 }  # fmt: skip
 
 
-def load_datalist(dataset_dir: str | Path, section: str = "training", modality: str | None = None) -> list[dict[str, Any]]:
+def load_datalist(
+    dataset_dir: str | Path, section: str = "training", modality: str | None = None
+) -> list[dict[str, Any]]:
     """Items of a dataset folder: those of its datalist.json, or else all images found below it.
 
     Args:
@@ -51,10 +53,7 @@ def load_datalist(dataset_dir: str | Path, section: str = "training", modality: 
     folder = Path(dataset_dir).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")
-    if (folder / DATALIST).is_file():
-        items = _read_section(folder, section)
-    else:
-        items = find_images(folder)
+    items = _read_section(folder, section) if (folder / DATALIST).is_file() else find_images(folder)
     if not items:
         raise InputError(f"{folder}: no image found for {section!r}. Supported: {_endings()}.")
     for item in items:
@@ -154,7 +153,9 @@ def _dicom_item(image: Path, first: Path, header: pydicom.Dataset) -> dict[str, 
 
 def _dicom_header(path: Path) -> pydicom.Dataset:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "PatientID", "SeriesInstanceUID"])
+        return pydicom.dcmread(
+            path, stop_before_pixels=True, specific_tags=["Modality", "PatientID", "SeriesInstanceUID"]
+        )
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 

@@ -131,7 +131,10 @@ def as_volume_size(size: Sequence[int]) -> tuple[int, int, int]:
 
 
 def training_transform(
-    in_channels: int, crop_size: Sequence[int], spacing: Sequence[float] | None = None, keys: KeysCollection = ("image",)
+    in_channels: int,
+    crop_size: Sequence[int],
+    spacing: Sequence[float] | None = None,
+    keys: KeysCollection = ("image",),
 ) -> Compose:
     """Datalist item to float16 C x depth x height x width in [0, 1], at least as large as the crop."""
     return Compose(

@@ -58,17 +58,18 @@ def read_image(path: str | Path) -> MetaTensor:
     reader = _reader(path)
     try:
         array, meta = reader.get_data(reader.read(str(path)))
-    except Exception as error:  # noqa: BLE001 - the decoders raise whatever they like on a damaged file
-        reason = str(error).strip().splitlines()
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise InputError(
-            f"{path}: cannot be read as an image ({type(error).__name__}: {reason[-1] if reason else 'no reason given'}). "
-            "Repair or remove the file."
+            f"{path}: cannot be read as an image ({type(error).__name__}: {reason}). Repair or remove the file."
         ) from error
     array = np.asarray(array)
     if array.dtype != np.uint8:
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise InputError(f"{path}: holds {np.count_nonzero(~np.isfinite(array))} NaN or infinite voxels. Repair or remove it.")
+            raise InputError(
+                f"{path}: holds {(~np.isfinite(array)).sum()} NaN or infinite voxels. Repair or remove it."
+            )
     meta["filename_or_obj"] = str(path)
     image = MetaTensor.ensure_torch_and_prune_meta(torch.from_numpy(np.ascontiguousarray(array)), meta)
     return EnsureChannelFirst()(image, meta_dict=meta)

@@ -36,7 +36,7 @@ class RandomResizedCrop:
         std: float = 0.5,
     ) -> None:
         self.img_size = tuple(img_size)
-        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
+        self.scale, self.ratio, self.flip = scale, ratio, flip
         self.mean, self.std = mean, std
 
     def draw(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
@@ -46,7 +46,7 @@ class RandomResizedCrop:
         def uniform(low: float, high: float, *size: int) -> Tensor:
             return low + (high - low) * torch.rand(batch_size, *size, device=device, generator=generator)
 
-        side = uniform(*self.scale) ** (1 / dims)
+        side = uniform(self.scale[0], self.scale[1]) ** (1 / dims)
         sides = side[:, None].expand(-1, dims).clone()
         if dims == 2:
             aspect = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).exp().sqrt()

@@ -119,5 +119,7 @@ def _grid(columns: list[np.ndarray], names: list[str]) -> np.ndarray:
         for column, (title, images) in enumerate(zip(("image", "masked", "reconstructed"), columns, strict=True)):
             left = column * tile + _MARGIN
             draw.text((left, top + 2), f"{name}: {title}" if column == 0 else title, fill="black")
-            sheet.paste(Image.fromarray(images[row]).resize((_WIDTH, _WIDTH), Image.Resampling.NEAREST), (left, top + _HEADING))
+            sheet.paste(
+                Image.fromarray(images[row]).resize((_WIDTH, _WIDTH), Image.Resampling.NEAREST), (left, top + _HEADING)
+            )
     return np.asarray(sheet)

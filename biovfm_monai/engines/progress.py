@@ -109,7 +109,7 @@ class ProgressHandler:
         left = time.strftime("%H:%M:%S", time.gmtime(images / max(rate, 1e-9)))
         logger.info("step %d of %d: %s, %s left", engine.step, engine.total_steps, text, left)
 
-    def _finish(self, engine: Engine, error: BaseException | None = None) -> None:
+    def _finish(self, _: Engine, error: BaseException | None = None) -> None:
         if self._bar is not None:
             self._bar.close()
         if error is not None:

@@ -36,7 +36,8 @@ class PretrainingTrainer(SupervisedTrainer):
 
     Args:
         device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
-            key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. When the loader's batch sampler is a
+            key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. When the loader's batch sampler is
+            a
             `GlobalBatchSampler`, it is set to where the run is, and iterations are counted in its micro-batches.
         network: the method, or its `DistributedDataParallel`.
         optimizer: over the method's parameters.
@@ -125,7 +126,7 @@ class PretrainingTrainer(SupervisedTrainer):
         sampler = getattr(self.data_loader, "batch_sampler", None)
         return self.step * sampler.batch_size if isinstance(sampler, GlobalBatchSampler) else int(self.state.iteration)
 
-    def _iteration(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+    def _iteration(self, _: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         """One micro-batch: forward and backward, and at the end of a group the optimizer's step."""
         iteration = int(self.state.iteration)
         torch.manual_seed(self.seed + iteration * distributed.world_size() + distributed.rank())

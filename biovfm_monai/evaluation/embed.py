@@ -30,7 +30,9 @@ def transform_of(encoder_path: str | Path) -> Compose:
     preprocessing, network = info["preprocessing"], info["network"]
     missing = {"mean", "std"} - set(preprocessing)
     if missing:
-        raise InputError(f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. Save it with preprocessing=.")
+        raise InputError(
+            f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. Save it with preprocessing=."
+        )
     return encoder_transform(network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"])
 
 

@@ -78,7 +78,9 @@ class KNNProbe:
     ) -> None:
         for item in (*train, *test):
             if "label" not in item:
-                raise InputError(f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.')
+                raise InputError(
+                    f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.'
+                )
         self.encoder_path = Path(encoder_path)
         self.train, self.test = train, test
         self.device, self.k, self.seed, self.output_path = device, k, seed, output_path

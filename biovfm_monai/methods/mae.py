@@ -48,7 +48,9 @@ class MAE(SSLMethod):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(encoder.patch_embed.patch_size) * encoder.in_channels)
+        self.decoder_pred = nn.Linear(
+            decoder_embed_dim, math.prod(encoder.patch_embed.patch_size) * encoder.in_channels
+        )
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -59,7 +61,7 @@ class MAE(SSLMethod):
         batch["anisotropy"], if there, is the degree of anisotropy of all its images.
         """
         patches, grid_size, anisotropy = self._patches(batch)
-        keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
+        keep, hidden = random_mask(patches.shape[0], patches.shape[1], self.mask_ratio, patches.device)
         prediction = self._predict(patches, grid_size, anisotropy, keep, hidden)
         target = take_tokens(patches, hidden).float()
         if self.norm_pix_loss:
@@ -76,7 +78,7 @@ class MAE(SSLMethod):
             both B x C x D x H x W.
         """
         patches, grid_size, anisotropy = self._patches(batch)
-        keep, hidden = random_mask(*patches.shape[:2], self.mask_ratio, patches.device)
+        keep, hidden = random_mask(patches.shape[0], patches.shape[1], self.mask_ratio, patches.device)
         prediction = self._predict(patches, grid_size, anisotropy, keep, hidden).to(patches.dtype)
         if self.norm_pix_loss:
             _, mean, std = _normalise(take_tokens(patches, hidden))
@@ -84,7 +86,9 @@ class MAE(SSLMethod):
         index = hidden[..., None].expand_as(prediction)
         stride = self.encoder.patch_embed.stride(anisotropy)
         masked = patches.scatter(1, index, 0.0)
-        return unpatchify(masked, stride, grid_size), unpatchify(masked.scatter(1, index, prediction), stride, grid_size)
+        return unpatchify(masked, stride, grid_size), unpatchify(
+            masked.scatter(1, index, prediction), stride, grid_size
+        )
 
     def _patches(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int, int], int]:
         given = batch.get("anisotropy")
@@ -100,7 +104,9 @@ class MAE(SSLMethod):
         visible = self.decoder_embed(self.encoder.embed_patches(patches, positions, anisotropy, keep))
         width = visible.shape[2]
         table = sincos_positions(grid_size, width, self.encoder.spatial_dims).to(visible)
-        x = torch.cat([visible[:, :1], visible[:, 1:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1)
+        x = torch.cat(
+            [visible[:, :1], visible[:, 1:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1
+        )
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_norm(x[:, -hidden.shape[1] :])

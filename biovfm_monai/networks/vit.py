@@ -57,11 +57,13 @@ class ViT(nn.Module):
             raise ValueError(f"pos_embed must be 'sincos' or 'learn', got {pos_embed!r}")
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels, "img_size": list(img_size), "patch_size": list(sizes), "embed_dim": embed_dim,
-            "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "pos_embed": pos_embed,
+            "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
+            "pos_embed": pos_embed,
         }  # fmt: skip
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, dims
         self.img_size, self.patch_size = tuple(img_size), sizes
-        self.patch_embed = PatchEmbed(in_channels, (1, *sizes) if dims == 2 else sizes, embed_dim)  # type: ignore[arg-type]
+        volume_patch: Any = (1, *sizes) if dims == 2 else sizes
+        self.patch_embed = PatchEmbed(in_channels, volume_patch, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         full_size = (1, *img_size) if dims == 2 else tuple(img_size)
         self._grid = tuple(n // p for n, p in zip(full_size, self.patch_embed.patch_size, strict=True))
@@ -146,9 +148,7 @@ class ViT(nn.Module):
         """
         image, anisotropy = self.prepare(image, anisotropy)
         positions = self.positions(self.grid_size(image, anisotropy), image.device)
-        return self.embed_patches(
-            patchify(image, self.patch_embed.stride(anisotropy)), positions, anisotropy, keep
-        )
+        return self.embed_patches(patchify(image, self.patch_embed.stride(anisotropy)), positions, anisotropy, keep)
 
 
 def vit_tiny(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 16, **options: Any) -> ViT:

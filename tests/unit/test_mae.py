@@ -23,12 +23,14 @@ def slow_loss(mae, image, keep, hidden):
     losses = []
     for number in range(image.shape[0]):
         patches = [
-            image[number, :, z * pd : (z + 1) * pd, y * ph : (y + 1) * ph, x * pw : (x + 1) * pw].permute(1, 2, 3, 0).flatten()
+            image[number, :, z * pd : z * pd + pd, y * ph : y * ph + ph, x * pw : x * pw + pw].movedim(0, 3).flatten()
             for z in range(depth) for y in range(height) for x in range(width)
         ]  # fmt: skip
         places = sincos_positions((depth, height, width), encoder.embed_dim, encoder.spatial_dims)
         visible = [encoder.cls_token[0, 0]]
-        visible += [encoder.patch_embed.weight @ patches[i] + encoder.patch_embed.bias + places[i] for i in keep[number]]
+        visible += [
+            encoder.patch_embed.weight @ patches[i] + encoder.patch_embed.bias + places[i] for i in keep[number]
+        ]
         x = torch.stack(visible)[None]
         for block in encoder.blocks:
             x = block(x)

@@ -150,7 +150,9 @@ def test_the_projection_equals_a_convolution():
     encoder, image = tiny(channels=3), torch.randn(2, 3, 32, 32)
     kernel = encoder.patch_embed.weight.view(24, 8, 8, 3).permute(0, 3, 1, 2)
     expected = F.conv2d(image, kernel, encoder.patch_embed.bias, stride=8).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(encoder.patch_embed(patchify(image[:, :, None], (1, 8, 8))), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.patch_embed(patchify(image[:, :, None], (1, 8, 8))), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pos_embed", ["sincos", "learn"])
@@ -194,7 +196,17 @@ def test_a_wrong_image_is_refused_with_the_reason(image, message):
 )
 def test_a_wrong_construction_is_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
-        ViT(**{"in_channels": 1, "img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, **options})
+        ViT(
+            **{
+                "in_channels": 1,
+                "img_size": (32, 32),
+                "patch_size": 8,
+                "embed_dim": 24,
+                "depth": 1,
+                "num_heads": 3,
+                **options,
+            }
+        )
 
 
 def test_the_embedding_of_a_volume_by_a_2d_encoder_is_the_mean_over_its_slices():

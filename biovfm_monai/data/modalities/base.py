@@ -49,7 +49,9 @@ class SlicesFirstd(MapTransform):
             if image.ndim == 3:
                 sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], meta=image.meta)
                 continue
-            image = Orientation(axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S")))(image)
+            image = Orientation(
+                axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S"))
+            )(image)
             sample[key] = image if self.resample is None else self.resample(image)
         return sample
 
