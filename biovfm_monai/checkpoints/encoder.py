@@ -83,7 +83,7 @@ def build_encoder(info: Mapping[str, Any]) -> ViT:
         raise InputError(f"the encoder file asks for {target}, which this version does not have. Update biovfm-monai.")
     try:
         encoder: ViT = getattr(networks, name)(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai."
         ) from error

@@ -16,6 +16,11 @@ from biovfm_monai.errors import InputError
 __all__ = ["RandomCropDataset"]
 
 
+@lru_cache(maxsize=8)
+def _order(seed: int, turn: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, turn)).permutation(count)
+
+
 class RandomCropDataset(Dataset[dict[str, Any]]):
     """An endless stream of crops: crop number n depends on the seed and on n only.
 
@@ -47,10 +52,6 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         self.images = CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
         self.crop_size = as_volume_size(crop_size)
         self.seed = seed
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, turn: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, turn)).permutation(len(self.images))
 
     def __len__(self) -> int:
         """Images, that is crops per pass; numbers beyond it go on with the next pass."""
@@ -59,7 +60,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Crop of the given number: {"image": C x crop, "modality": name}."""
         turn, place = divmod(number, len(self.images))
-        sample = self.images[int(self._order(turn)[place])]
+        sample = self.images[int(_order(self.seed, turn, len(self.images))[place])]
         image = sample["image"]
         room = [n - c + 1 for n, c in zip(image.shape[1:], self.crop_size, strict=True)]
         start = np.random.default_rng((self.seed, number, 1)).integers(room)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def find_images(folder: str | Path) -> list[dict[str, Any]]:
         plain = [p for p in files if suffix(p) in (*NIFTI, *PHOTO, *_VOLUME) and suffix(p) != ".img"]
         ignored += len(files) - len(slices) - len(plain)
         items += [_describe(path, folder) for path in plain]
-        items += _describe_dicom(parent, slices)
+        items += _describe_dicom(parent, slices, folder)
     if ignored:
         logger.info("%s: left out %d file(s) that are no image by their ending", folder, ignored)
     return items
@@ -131,31 +132,38 @@ def _describe(path: Path, root: Path) -> dict[str, Any]:
     return item
 
 
-def _describe_dicom(parent: Path, slices: list[Path]) -> Iterator[dict[str, Any]]:
+def _describe_dicom(parent: Path, slices: list[Path], root: Path) -> Iterator[dict[str, Any]]:
     if not slices:
         return
     headers = {path: _dicom_header(path) for path in slices}
     series = {str(header.get("SeriesInstanceUID", path)) for path, header in headers.items()}
     if len(series) == 1 and len(slices) > 1:
-        yield _dicom_item(parent, slices[0], headers[slices[0]])
+        yield _dicom_item(parent, headers, root)
         return
     if len(series) < len(slices):
         raise InputError(f"{parent}: holds slices of {len(series)} DICOM series. Give each series a folder of its own.")
     for path, header in headers.items():
-        yield _dicom_item(path, path, header)
+        yield _dicom_item(path, {path: header}, root)
 
 
-def _dicom_item(image: Path, first: Path, header: pydicom.Dataset) -> dict[str, Any]:
-    subject = hashlib.sha256(str(header.get("PatientID", "")).encode()).hexdigest()[:12]
-    modality = _MODALITY.get(str(header.get("Modality", "")))
-    return {"image": str(image), "modality": modality, "spacing": list(_header(first).GetSpacing()), "subject": subject}
+def _dicom_item(image: Path, headers: dict[Path, pydicom.Dataset], root: Path) -> dict[str, Any]:
+    first, header = next(iter(headers.items()))
+    spacing = list(_header(first).GetSpacing())
+    places = [h.ImagePositionPatient for h in headers.values() if h.get("ImagePositionPatient")]
+    if len(places) > 1:
+        # The header of one slice does not tell the distance to the next.
+        spacing[2] = min(math.dist(places[0], place) for place in places[1:])
+    modality = _MODALITY.get(str(header.get("Modality", ""))) or _folder_modality(first, root)
+    item = {"image": str(image), "modality": modality, "spacing": spacing}
+    if header.get("PatientID"):
+        item["subject"] = hashlib.sha256(str(header.PatientID).encode()).hexdigest()[:12]
+    return item
 
 
 def _dicom_header(path: Path) -> pydicom.Dataset:
     try:
-        return pydicom.dcmread(
-            path, stop_before_pixels=True, specific_tags=["Modality", "PatientID", "SeriesInstanceUID"]
-        )
+        tags = ["Modality", "PatientID", "SeriesInstanceUID", "ImagePositionPatient"]
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 

@@ -68,7 +68,7 @@ class ProgressHandler:
         self._waited += time.perf_counter() - self._asked
 
     def _count(self, engine: PretrainingTrainer) -> None:
-        self._losses.append(engine.state.output["loss"])
+        self._losses.append(engine.state.output[0]["loss"])
         if engine.state.iteration % engine.accumulation_steps:
             return
         if self._bar is not None:

@@ -36,9 +36,8 @@ class PretrainingTrainer(SupervisedTrainer):
 
     Args:
         device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
-            key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. When the loader's batch sampler is
-            a
-            `GlobalBatchSampler`, it is set to where the run is, and iterations are counted in its micro-batches.
+            key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. A `GlobalBatchSampler`
+            of the loader is set to where the run is; epoch_length counts its micro-batches.
         network: the method, or its `DistributedDataParallel`.
         optimizer: over the method's parameters.
         prepare_batch: (batch, device, non_blocking) -> batch on the device, views made.
@@ -126,8 +125,11 @@ class PretrainingTrainer(SupervisedTrainer):
         sampler = getattr(self.data_loader, "batch_sampler", None)
         return self.step * sampler.batch_size if isinstance(sampler, GlobalBatchSampler) else int(self.state.iteration)
 
-    def _iteration(self, _: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
-        """One micro-batch: forward and backward, and at the end of a group the optimizer's step."""
+    def _iteration(self, _: SupervisedTrainer, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One micro-batch: forward and backward, and at the end of a group the optimizer's step.
+
+        The output is a list of one dict, which is what MONAI's handlers take by default.
+        """
         iteration = int(self.state.iteration)
         torch.manual_seed(self.seed + iteration * distributed.world_size() + distributed.rank())
         batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
@@ -149,7 +151,7 @@ class PretrainingTrainer(SupervisedTrainer):
         if steps_now:
             self._optimizer_step()
         self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in output.items()}
+        return [{name: value.detach() if isinstance(value, Tensor) else value for name, value in output.items()}]
 
     def _gradient_sync(self, steps_now: bool) -> AbstractContextManager:
         if isinstance(self.network, DistributedDataParallel) and not steps_now:

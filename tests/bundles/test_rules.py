@@ -1,0 +1,125 @@
+"""Rules that every folder under bundles/ keeps: MONAI's specification, its model zoo's, and our own."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+from conftest import ROOT
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
+BUNDLES = sorted(p.parent for p in (ROOT / "bundles").glob("*/configs"))
+CONFIGS = [path for bundle in BUNDLES for path in sorted((bundle / "configs").glob("*.json"))]
+OVERLAYS = sorted((ROOT / "configs").glob("*.json"))
+SCHEMA = json.loads((Path(__file__).parent / "meta_schema_20240725.json").read_text())
+
+
+def walk(value, path=()):
+    yield path, value
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from walk(child, (*path, key))
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from walk(child, (*path, number))
+
+
+def name(path):
+    return "/".join(path.parts[-3:])
+
+
+@pytest.fixture(params=BUNDLES, ids=lambda p: p.name)
+def bundle(request):
+    return request.param
+
+
+@pytest.fixture(params=CONFIGS + OVERLAYS, ids=name)
+def config(request):
+    return json.loads(request.param.read_text())
+
+
+def test_a_bundle_has_every_file_that_the_model_zoo_asks_for(bundle):
+    for file in ("LICENSE", "docs/README.md", "configs/logging.conf", "configs/metadata.json"):
+        assert (bundle / file).is_file(), file
+    assert {p.name for p in (bundle / "configs").glob("*.json")} >= {"train.json", "inference.json", "evaluate.json"}
+    assert not (bundle / "scripts").exists()
+
+
+def test_metadata_satisfies_the_schema_and_its_version_has_a_changelog_entry(bundle):
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    jsonschema.validate(metadata, SCHEMA)
+    assert metadata["schema"].endswith("meta_schema_20240725.json")
+    assert metadata["version"] in metadata["changelog"]
+    assert next(iter(metadata["network_data_format"]["inputs"])) == "image"
+    assert next(iter(metadata["network_data_format"]["outputs"])) == "pred"
+
+
+def test_metadata_states_the_versions_that_are_tested(bundle):
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    stated = {
+        key: metadata[f"{name}_version"] for key, name in [("monai", "monai"), ("torch", "pytorch"), ("numpy", "numpy")]
+    }
+    stated |= {key: value for key, value in metadata["required_packages_version"].items() if key != "biovfm-monai"}
+    assert stated == {key: pins[key] for key in stated}
+
+
+def test_every_target_is_a_public_name(config):
+    for path, value in walk(config):
+        if (path and path[-1] == "_target_") or (path and str(path[-1]).endswith("#_target_")):
+            module, _, attribute = value.rpartition(".")
+            assert attribute in getattr(
+                importlib.import_module(module), "__all__", dir(importlib.import_module(module))
+            )
+
+
+def test_no_macros_no_metadata_references_and_no_scripts(config):
+    for path, value in walk(config):
+        if isinstance(value, str):
+            assert not value.startswith("%"), path
+            assert "_meta_" not in value, path
+            assert "scripts." not in value, path
+
+
+def test_handlers_are_a_list_of_dicts_and_datasets_are_dicts_with_data(bundle):
+    train = json.loads((bundle / "configs/train.json").read_text())["train"]
+    assert all(isinstance(handler, dict) and "_target_" in handler for handler in train["handlers"])
+    assert train["trainer"]["train_handlers"] == "@train::handlers"
+    assert "data" in train["dataset"]
+    assert train["dataset"]["transform"] == "@train::preprocessing"
+
+
+def test_outputs_lie_below_the_bundle_and_are_expressions(bundle):
+    train = json.loads((bundle / "configs/train.json").read_text())
+    for key in ("output_dir", "ckpt_dir"):
+        assert train[key].startswith("$@bundle_root + '/")
+
+
+def test_initialising_a_training_touches_no_file(bundle):
+    for expression in json.loads((bundle / "configs/train.json").read_text())["initialize"]:
+        assert not re.search(r"dataset_dir|datalist|output_dir|ckpt_dir|open\(", expression)
+
+
+def test_overlays_change_leaves_that_every_pretraining_bundle_has():
+    for overlay in OVERLAYS:
+        for bundle in BUNDLES:
+            train = json.loads((bundle / "configs/train.json").read_text())
+            for key in json.loads(overlay.read_text()):
+                place = train
+                for part in key.removeprefix("+").split("#"):
+                    assert part in place, f"{overlay.name}: {key} is not in {bundle.name}"
+                    place = place[part]
+
+
+def test_logging_conf_uses_only_what_monai_allows(bundle):
+    text = (bundle / "configs/logging.conf").read_text()
+    assert set(re.findall(r"class=(.*)", text)) == {"StreamHandler"}
+    assert set(re.findall(r"args=(.*)", text)) <= {"(sys.stdout,)", "(sys.stderr,)"}
+
+
+def test_mlflow_tracking_can_find_its_engine(bundle):
+    train = json.loads((bundle / "configs/train.json").read_text())
+    assert DEFAULT_MLFLOW_SETTINGS["handlers_id"]["trainer"] == {"id": "train#trainer", "handlers": "train#handlers"}
+    assert train["output_dir"].startswith("$")

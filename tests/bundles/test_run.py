@@ -1,0 +1,259 @@
+"""The literal commands of the bundle, run from another directory in a folder whose path has a space."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE, ROOT
+from monai.bundle import ConfigWorkflow, ckpt_export, load, verify_metadata, verify_net_in_out
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from biovfm_monai.checkpoints import encoder_info, load_encoder
+from biovfm_monai.errors import InputError
+from biovfm_monai.networks import Embedder
+from biovfm_monai.shipped import copy_bundle
+
+pytestmark = pytest.mark.xdist_group("bundle")
+
+OVERLAY = f"{ROOT}/configs/smoke.json"
+
+
+def monai(*arguments, cwd, prefix=("-m",)):
+    """Run `python -m monai.bundle ...` and return the finished process."""
+    command = [sys.executable, *prefix, "monai.bundle", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+
+
+def train(root, *overrides, cwd, prefix=("-m",)):
+    configs = f"['{root}/configs/train.json','{OVERLAY}']"
+    return monai("run", "--config_file", configs, "--bundle_root", root, *overrides, cwd=cwd, prefix=prefix)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, samples):
+    """A copy of the bundle after a short training with experiment tracking."""
+    folder = tmp_path_factory.mktemp("a folder with a space")
+    root = copy_bundle(BUNDLE.name, folder)
+    shutil.copytree(samples, root / "samples")
+    sections = json.loads((root / "samples/datalist.json").read_text())
+    sections |= {name: items[::5] for name, items in sections.items() if name.startswith("place")}
+    (root / "samples/datalist.json").write_text(json.dumps(sections))
+    done = train(root, "--tracking", "mlflow", "--steps_per_epoch", "3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_training_leaves_every_file_that_it_promises(trained):
+    for file in ("models/encoder.safetensors", "models/model.pt", "models/state/latest.pt", "eval/log.jsonl"):
+        assert (trained / file).is_file(), file
+    assert len(Image.open(trained / "eval/reconstruction.png").size) == 2
+    assert not list((trained / "models").rglob(".*"))
+
+
+def test_the_encoder_file_says_how_it_came_about(trained):
+    info = encoder_info(trained / "models/encoder.safetensors")
+    assert info["training"]["method"] == "MAE"
+    assert info["training"]["samples_seen"] == 24
+    assert {"mean", "std"} <= set(info["preprocessing"])
+
+
+def test_model_pt_holds_the_encoders_weights_and_opens_without_unpickling(trained):
+    state = torch.load(trained / "models/model.pt", weights_only=True)
+    encoder = load_encoder(trained / "models/encoder.safetensors")
+    Embedder(encoder).load_state_dict(state["model"])
+    expected = load_encoder(trained / "models/encoder.safetensors").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
+
+
+def test_tensorboard_has_the_loss_and_the_reconstruction(trained):
+    events = EventAccumulator(str(trained / "eval/tensorboard")).Reload()
+    assert {"loss", "images_per_second"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["reconstruction"]
+
+
+def test_tracking_writes_to_mlflow(trained):
+    assert (trained / "eval/mlruns.db").is_file()
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{trained / 'eval/mlruns.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("monai_experiment").experiment_id])
+    assert run.data.metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("kind", ["train", "inference"])
+def test_no_required_property_is_missing(trained, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workflow = ConfigWorkflow(
+        str(trained / f"configs/{kind}.json"), workflow_type=kind, logging_file=False, bundle_root=str(trained)
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inference_writes_one_vector_per_image(trained, tmp_path):
+    done = monai("run", "--config_file", trained / "configs/inference.json", "--bundle_root", trained, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.reader((trained / "eval/embeddings.csv").open()))
+    items = json.loads((trained / "samples/datalist.json").read_text())["training"]
+    assert [row[0] for row in rows] == [str(trained / "samples" / item["image"]) for item in items]
+    vectors = np.array([[float(value) for value in row[1:]] for row in rows])
+    assert vectors.shape[1] == load_encoder(trained / "models/encoder.safetensors").embed_dim
+    assert np.isfinite(vectors).all()
+
+
+def test_evaluation_scores_the_encoder_beside_its_controls(trained, tmp_path):
+    done = monai("run", "--config_file", trained / "configs/evaluate.json", "--bundle_root", trained, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((trained / "eval/knn.json").read_text())
+    assert {"encoder", "random_init", "raw_pixels", "chance"} <= set(scores)
+    assert scores["classes"] == 9
+
+
+def test_monais_own_checks_pass_offline(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    meta, inference = trained / "configs/metadata.json", trained / "configs/inference.json"
+    schema = shutil.copy(Path(__file__).parent / "meta_schema_20240725.json", tmp_path / "schema.json")
+    verify_metadata(str(meta), filepath=schema)
+    checked = {"meta_file": str(meta), "config_file": str(inference), "bundle_root": str(trained)}
+    verify_net_in_out("network_def", **checked)
+    ckpt_export(
+        "network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(trained / "models/model.pt"),
+        key_in_ckpt="model", use_trace=True, input_shape=[1, 3, 64, 64], **checked,
+    )  # fmt: skip
+    image = torch.randn(1, 3, 64, 64)
+    expected = Embedder(load_encoder(trained / "models/encoder.safetensors"))(image)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_monai_bundle_load_gives_the_trained_network(trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    network = load(
+        trained.name, bundle_dir=str(trained.parent), workflow_type="train", source="local", key_in_ckpt="model"
+    )
+    expected = load_encoder(trained / "models/encoder.safetensors")
+    torch.testing.assert_close(network.state_dict()["encoder.norm.weight"], expected.norm.weight.detach())
+
+
+def test_two_processes_train_with_the_same_file(trained, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    done = train(
+        trained, "--output_dir", tmp_path / "eval", "--ckpt_dir", tmp_path / "models", cwd=tmp_path, prefix=launcher
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "eval/log.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [8, 16]
+    assert encoder_info(tmp_path / "models/encoder.safetensors")["training"]["samples_seen"] == 16
+    assert len(list((tmp_path / "eval/tensorboard").iterdir())) == 1
+
+
+def test_volumes_are_trained_on_with_three_numbers(trained, tmp_path, samples):
+    volumes = tmp_path / "mri"
+    volumes.mkdir()
+    for path in sorted((samples / "mri").glob("*.nii.gz"))[4:6]:
+        shutil.copy(path, volumes)
+    done = train(
+        trained, "--dataset_dir", volumes, "--in_channels", "1", "--img_size", "[8,32,32]", "--crop_size", "[8,48,48]",
+        "--output_dir", tmp_path / "eval", "--ckpt_dir", tmp_path / "models", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert load_encoder(tmp_path / "models/encoder.safetensors").spatial_dims == 3
+
+
+def run_in_process(root, **overrides):
+    workflow = ConfigWorkflow(
+        [str(root / "configs/train.json"), OVERLAY], workflow_type="train", logging_file=False, bundle_root=str(root),
+        **overrides,
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+
+
+def cause(error):
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return str(error)
+
+
+def rgba(folder):
+    Image.new("RGBA", (128, 128)).save(folder / "rgba.png")
+
+
+def small(folder):
+    Image.new("L", (128, 40)).save(folder / "small.png")
+
+
+def truncated(folder):
+    Image.effect_noise((128, 128), 50).save(folder / "cut.png")
+    data = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+
+
+def text(folder):
+    (folder / "words.nii.gz").write_text("no image")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (rgba, ["rgba.png", "4 channels", "--in_channels"]),
+        (small, ["small.png", "1 x 40 x 128", "--crop_size"]),
+        (truncated, ["cut.png", "cannot be read", "Repair or remove"]),
+        (text, ["words.nii.gz", "cannot be read", "Repair or remove"]),
+        (lambda folder: None, ["fundus", "no image found"]),
+        (lambda folder: folder.rmdir(), ["fundus", "no such folder", "--dataset_dir"]),
+    ],
+)
+def test_an_image_or_folder_that_cannot_be_used_is_named_with_a_remedy(trained, tmp_path, make, words):
+    folder = tmp_path / "fundus"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
+        run_in_process(trained, dataset_dir=str(folder), output_dir=str(tmp_path / "e"), ckpt_dir=str(tmp_path / "m"))
+    message = cause(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_users_mistake_prints_one_line_and_no_traceback(trained, tmp_path):
+    done = train(trained, "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "nowhere" in line][-1].startswith("error: ")
+
+
+def test_a_copy_from_an_installed_wheel_runs_without_the_repository(tmp_path, samples):
+    wheels, environment = tmp_path / "wheels", tmp_path / "empty environment"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(wheels)]
+    subprocess.run(build, check=True, timeout=120, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
+    site = next((environment / "lib").glob("python*")) / "site-packages"
+    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=120)
+    # Our dependencies from this environment; its own .pth files, and with them the repository, are not followed.
+    (site / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
+    python = str(environment / "bin/python")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    where = subprocess.run(
+        [python, "-c", "import biovfm_monai; print(biovfm_monai.__file__)"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert where.stdout.startswith(str(site))
+    copy = [python, "-m", "biovfm_monai.cli", "bundle", BUNDLE.name, "my bundles"]
+    subprocess.run(copy, cwd=tmp_path, env=env, check=True, timeout=60, capture_output=True)
+    root = tmp_path / "my bundles" / BUNDLE.name
+    shutil.copytree(samples, root / "samples")
+    configs = f"['{root}/configs/train.json','{root.parent}/configs/smoke.json']"
+    command = [python, "-m", "monai.bundle", "run", "--config_file", configs, "--bundle_root", str(root)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (root / "models/encoder.safetensors").is_file()

@@ -1,0 +1,186 @@
+"""Crops, batches and views: from samples to what a method is given."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_files import write_nifti
+from monai.transforms import Compose
+
+from biovfm_monai import distributed
+from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop, training_transform
+from biovfm_monai.errors import InputError
+
+# Crops
+
+
+def stream(count=5, size=(3, 8, 9), crop=(2, 4, 5), **options):
+    images = torch.arange(count * np.prod(size)).view(count, 1, *size)
+    load = Compose([lambda item: {"image": images[item["number"]], "modality": "ct"}])
+    return images, RandomCropDataset([{"number": i} for i in range(count)], load, crop, **options)
+
+
+def test_a_crop_depends_on_the_seed_and_its_number_only():
+    (_, first), (_, again), (_, other) = stream(seed=3), stream(seed=3, cache_rate=0.4), stream(seed=4)
+    crops = [first[n]["image"] for n in range(20)]
+    assert all(torch.equal(again[n]["image"], crops[n]) for n in (19, 3, 11, 3))
+    assert not all(torch.equal(other[n]["image"], crops[n]) for n in range(20))
+
+
+def test_each_pass_visits_every_image_once_in_an_order_of_its_own():
+    images, crops = stream(count=7)
+    passes = [[int(crops[7 * k + n]["image"].min()) // images[0].numel() for n in range(7)] for k in range(4)]
+    assert all(sorted(order) == list(range(7)) for order in passes)
+    assert len({tuple(order) for order in passes}) > 1
+
+
+@pytest.mark.parametrize("crop", [(2, 4, 5), (4, 5), (3, 8, 9)])
+def test_a_crop_is_a_part_of_its_image_and_every_place_occurs(crop):
+    images, crops = stream(count=1, crop=crop)
+    size = (1, *crop)[-3:]
+    windows = images[0, 0].unfold(0, size[0], 1).unfold(1, size[1], 1).unfold(2, size[2], 1)
+    places = {tuple(w.flatten().tolist()) for w in windows.reshape(-1, int(np.prod(size)))}
+    seen = {tuple(crops[n]["image"].flatten().tolist()) for n in range(600)}
+    assert crops[0]["image"].shape == (1, *size)
+    assert seen == places
+
+
+def test_a_stream_of_no_images_is_refused():
+    with pytest.raises(InputError, match=r"empty.*--dataset_dir"):
+        stream(count=0)
+
+
+def test_crops_reach_workers_that_are_spawned(tmp_path):
+    item = {"image": str(write_nifti(tmp_path / "a.nii.gz", np.ones((6, 6, 6)))), "modality": "mri"}
+    crops = RandomCropDataset([item], training_transform(1, (4, 4)), (4, 4))
+    copy = pickle.loads(pickle.dumps(crops))  # noqa: S301 - our own
+    assert torch.equal(copy[5]["image"], crops[5]["image"])
+
+
+# Sampling
+
+
+def global_batches(monkeypatch, world, accumulation, seen):
+    """Per optimizer step, the numbers that all processes and micro-batches draw together."""
+    steps = [[] for _ in range(3)]
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        sampler = GlobalBatchSampler(16, 3, accumulation)
+        sampler.samples_seen = seen
+        micro = list(sampler)
+        assert [len(m) for m in micro] == [16 // world // accumulation] * len(sampler)
+        for number, numbers in enumerate(micro):
+            steps[number // accumulation] += numbers
+    return [sorted(step) for step in steps]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("seen", [0, 48])
+def test_the_global_batch_is_the_same_on_any_number_of_processes(monkeypatch, world, accumulation, seen):
+    expected = [list(range(seen + 16 * step, seen + 16 * step + 16)) for step in range(3)]
+    assert global_batches(monkeypatch, world, accumulation, seen) == expected
+
+
+@pytest.mark.parametrize(("batch", "world", "accumulation"), [(6, 4, 1), (4, 2, 4), (0, 1, 1), (-2, 1, 1)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch, batch, world, accumulation):
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    with pytest.raises(InputError, match=f"batch_size {batch} .*multiple of {world * accumulation}"):
+        GlobalBatchSampler(batch, 1, accumulation)
+
+
+# Views
+
+SIZES = [(8, 8), (6, 8, 10)]
+
+
+def raw_view(size, **options):
+    return RandomResizedCrop(size, mean=0, std=1, **options)
+
+
+def source(size, batch=2):
+    return torch.rand(batch, 1, *((1, *size) if len(size) == 2 else size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_still_maps_give_the_source_back(size):
+    view, image = raw_view(size), source(size)
+    torch.testing.assert_close(view.apply(image.half(), view.still(2)).reshape(image.shape), image.half().float())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("corner", [-1, 1])
+def test_a_map_of_half_the_sides_shows_exactly_its_corner(size, corner):
+    image = source(size)
+    half = [n // 2 for n in size]
+    maps = torch.cat([torch.eye(len(size)) / 2, torch.full((len(size), 1), corner / 2)], dim=1).expand(2, -1, -1)
+    shown = raw_view(half).apply(image, maps)
+    expected = image.view(2, 1, *size)[(..., *(slice(None, h) if corner < 0 else slice(h, None) for h in half))]
+    torch.testing.assert_close(shown, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_flip_mirrors_the_width_and_nothing_else(size):
+    view, image = raw_view(size, scale=(1, 1), ratio=(1, 1), flip=1.0), source(size)
+    expected = image.view(2, 1, *size).flip(-1)
+    torch.testing.assert_close(view.apply(image, view.draw(2, "cpu")), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_view_is_normalised_by_mean_and_deviation(size):
+    image, views = source(size), [raw_view(size), RandomResizedCrop(size, mean=0.2, std=0.4)]
+    raw, normalised = (view.apply(image, view.still(2)) for view in views)
+    torch.testing.assert_close(normalised, (raw - 0.2) / 0.4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(SIZES), st.floats(0.05, 1), st.floats(0.05, 1), st.floats(1, 3), st.integers(0, 2**31))
+def test_drawn_views_lie_inside_the_source(size, a, b, ratio, seed):
+    view = RandomResizedCrop(size, scale=(min(a, b), max(a, b)), ratio=(1 / ratio, ratio))
+    maps = view.draw(64, "cpu", torch.Generator().manual_seed(seed))
+    reach = maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()
+    assert reach.max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_share_shown_fills_the_stated_range(size):
+    share = RandomResizedCrop(size, scale=(0.2, 0.5)).draw(2000, "cpu")[:, :, :-1].det().abs()
+    assert 0.2 - 1e-5 <= share.min() < 0.21
+    assert 0.49 < share.max() <= 0.5 + 1e-5
+    assert abs(share.mean() - 0.35) < 0.01
+
+
+def test_the_aspect_of_2d_views_fills_the_stated_range():
+    maps = RandomResizedCrop((8, 8), scale=(0.2, 0.5), ratio=(0.5, 2.0)).draw(2000, "cpu").abs()
+    aspect = (maps[:, 1, 1] / maps[:, 0, 0]).log2()
+    assert -1 - 1e-5 <= aspect.min() < -0.95
+    assert 0.95 < aspect.max() <= 1 + 1e-5
+
+
+def test_volumes_keep_their_proportions():
+    sides = RandomResizedCrop((8, 8, 8)).draw(100, "cpu")[:, :, :-1].abs().diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(sides, sides[:, :1].expand(-1, 3))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("flip", [0.0, 0.3, 1.0])
+def test_flips_happen_with_the_stated_probability(size, flip):
+    flipped = RandomResizedCrop(size, flip=flip).draw(4000, "cpu")[:, :, :-1].det() < 0
+    assert abs(flipped.float().mean() - flip) < 0.03
+
+
+def test_drawn_maps_follow_their_generator_and_differ_within_a_batch():
+    first, again = (RandomResizedCrop((8, 8)).draw(3, "cpu", torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_as_prepare_batch_a_view_changes_the_image_only():
+    batch = {"image": source((8, 8)), "modality": ["ct", "mri"], "label": torch.ones(2)}
+    views = RandomResizedCrop((4, 6))(batch, torch.device("cpu"), non_blocking=True, extra=None)
+    assert views["image"].shape == (2, 1, 4, 6)
+    assert {k: v is batch[k] for k, v in views.items()} == {"image": False, "modality": True, "label": True}

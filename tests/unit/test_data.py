@@ -1,0 +1,233 @@
+"""Readers and presets: from files to samples."""
+
+import numpy as np
+import pytest
+import torch
+from image_files import preset, write_dicom, write_nifti, write_png
+from monai.data import MetaTensor
+from PIL import Image
+
+from biovfm_monai.data import (
+    ByModalityd,
+    FitSized,
+    MatchChannelsd,
+    RequireSized,
+    encoder_transform,
+    load_datalist,
+    read_image,
+    training_transform,
+)
+from biovfm_monai.data.modalities.base import SlicesFirstd
+from biovfm_monai.errors import InputError
+
+STORED = ["RAS", "LPS", "SPL", "AIR", "PSR", "ILA"]
+
+
+def cause_of(call, *arguments):
+    """The user's mistake behind the RuntimeError that MONAI wraps it in."""
+    with pytest.raises(RuntimeError) as caught:
+        call(*arguments)
+    assert isinstance(caught.value.__cause__, InputError)
+    return str(caught.value.__cause__)
+
+
+def _cut(source, path, share):
+    content = source.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+BAD = {
+    "cut.nii.gz": lambda p: _cut(
+        write_nifti(p.with_name("whole.nii.gz"), np.random.default_rng(0).random((9, 9, 9))), p, 0.6
+    ),
+    "text.nii.gz": lambda p: p.write_text("This is no image."),
+    "zero_bytes.png": lambda p: p.write_bytes(b""),
+    "cut.png": lambda p: _cut(write_png(p.with_name("whole.png"), np.eye(64, dtype=np.uint8)), p, 0.6),
+    "cut.dcm": lambda p: _cut(write_dicom(p.with_name("whole.dcm"), "1.2.3"), p, 0.9),
+    "nan.nii.gz": lambda p: write_nifti(p, np.where(np.eye(4)[None], np.nan, np.ones((4, 4, 4)))),
+    "infinite.nii.gz": lambda p: write_nifti(p, np.full((4, 4, 4), np.inf)),
+    "missing.png": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_with_its_name_and_a_remedy(tmp_path, name):
+    BAD[name](tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name}.*(Repair|remove|Correct)"):
+        read_image(tmp_path / name)
+
+
+def test_rows_and_colours_of_a_photo_stay_where_they_are(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = preset("pathology", write_png(tmp_path / "a.png", colours))
+    torch.testing.assert_close(image.as_tensor()[:, 0], torch.from_numpy(colours).movedim(2, 0) / 255)
+
+
+def test_a_palette_photo_gives_its_colours(tmp_path):
+    image = Image.new("P", (2, 2))
+    image.putpalette([255, 0, 51, 0, 102, 0])
+    image.putdata([1, 0, 0, 0])
+    image.save(tmp_path / "a.png")
+    expected = torch.tensor([[[0, 255], [255, 255]], [[102, 0], [0, 0]], [[0, 51], [51, 51]]]) / 255
+    torch.testing.assert_close(preset("pathology", tmp_path / "a.png").as_tensor()[:, 0], expected)
+
+
+def test_a_16_bit_photo_is_scaled_between_its_percentiles(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2**16, (20, 30), dtype=np.uint16)
+    low, high = np.percentile(values, (0.5, 99.5))
+    image = preset("microscopy", write_png(tmp_path / "a.png", values))
+    expected = np.clip((values.astype(float) - low) / (high - low), 0, 1)
+    torch.testing.assert_close(image.as_tensor()[0, 0].double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+def test_a_photo_with_transparency_is_refused_by_its_number_of_channels(tmp_path):
+    path = write_png(tmp_path / "rgba.png", np.zeros((9, 9, 4), dtype=np.uint8))
+    message = cause_of(training_transform(3, (4, 4)), {"image": str(path), "modality": "pathology"})
+    assert "rgba.png: has 4 channels, the encoder takes 3" in message
+
+
+# Presets
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_volume_comes_out_the_same_whatever_the_order_of_its_axes(tmp_path, stored):
+    hounsfield = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7)).astype(np.float32)
+    image = preset("ct", write_nifti(tmp_path / "a.nii.gz", hounsfield, stored=stored))
+    expected = (hounsfield.transpose(2, 1, 0)[:, ::-1, ::-1] + 1000) / 2000
+    torch.testing.assert_close(image.as_tensor()[0], torch.from_numpy(expected.copy()))
+
+
+ENDS = {"L": (0, 0), "R": (0, -1), "P": (1, 0), "A": (1, -1), "I": (2, 0), "S": (2, -1)}
+"""For each direction of the body, axis and index of its end in an array stored right, anterior, superior."""
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    ("thick", "begins"), [(2, "IAR"), (1, "ASR"), (0, "RSA")], ids=["axial", "coronal", "sagittal"]
+)
+def test_slices_lie_along_the_thick_axis_and_are_seen_as_a_radiologist_does(tmp_path, stored, thick, begins):
+    """`begins`: where the first slice, the first row and the first column lie."""
+    shape, spacing = [6, 7, 8], [1.0, 1.0, 1.0]
+    shape[thick], spacing[thick] = 4, 5.0
+    volume = np.full(shape, -1000.0)
+    for value, direction in enumerate(begins):
+        axis, index = ENDS[direction]
+        np.moveaxis(volume, axis, 0)[index] += 200 * 2**value
+    image = preset("ct", write_nifti(tmp_path / "a.nii.gz", volume, spacing, stored)).mul(10).round()[0]
+    assert image.shape[0] == 4
+    assert [(image[0, 1, 1], image[1, 0, 1], image[1, 1, 0]), image[1, 1, 1]] == [(1, 2, 4), 0]
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_an_axis_of_size_one_is_the_slice_axis_even_where_another_is_thick(tmp_path, axis):
+    shape, spacing = [5, 6, 7], [1.0, 1.0, 1.0]
+    shape[axis], spacing[axis - 1] = 1, 9.0
+    assert preset("ct", write_nifti(tmp_path / "a.nii.gz", np.zeros(shape), spacing)).shape[1] == 1
+
+
+def test_the_ct_window_maps_hounsfield_units_exactly(tmp_path):
+    units = np.array([-2000, -1000, -500, 0, 250, 1000, 3000.0]).reshape(7, 1, 1)
+    image = preset("ct", write_nifti(tmp_path / "a.nii.gz", np.tile(units, (1, 2, 2))))
+    assert image[0, 0, 0].flip(0).tolist() == [0, 0, 0.25, 0.5, 0.625, 1, 1]
+
+
+def test_mri_is_scaled_by_percentiles_of_the_foreground_only(tmp_path):
+    rng = np.random.default_rng(0)
+    volume = (rng.gamma(4, 50, (12, 13, 14)) * (rng.random((12, 13, 14)) < 0.3)).astype(np.float32)
+    low, high = np.percentile(volume[volume > 0], (0.5, 99.5))
+    image = preset("mri", write_nifti(tmp_path / "a.nii.gz", volume))
+    expected = np.clip((volume.transpose(2, 1, 0)[:, ::-1, ::-1] - low) / (high - low), 0, 1)
+    torch.testing.assert_close(image.as_tensor()[0], torch.from_numpy(expected.astype(np.float32)))
+
+
+def test_a_constant_mri_gives_finite_values(tmp_path):
+    assert preset("mri", write_nifti(tmp_path / "a.nii.gz", np.full((4, 4, 4), 7.0))).isfinite().all()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_resampling_keeps_every_value_at_its_place_in_the_world(tmp_path, axis):
+    shape, spacing = (12, 14, 10), (1.0, 1.5, 3.0)
+    coordinates = np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij")
+    image = read_image(write_nifti(tmp_path / "a.nii.gz", coordinates[axis] + (-7, 11, 30)[axis], spacing))
+    image = SlicesFirstd("image", spacing=(2.0, 2.0, 2.5))({"image": image})["image"]
+    assert image.pixdim.tolist() == pytest.approx([2.0, 2.0, 2.5])
+    index = torch.stack(torch.meshgrid(*map(torch.arange, image.shape[1:]), indexing="ij")).double().flatten(1)
+    world = (image.affine[:3, :3] @ index + image.affine[:3, 3:])[axis].view(image.shape[1:])
+    inner = (slice(1, -1),) * 3
+    torch.testing.assert_close(image.as_tensor()[0][inner].double(), world[inner], rtol=0, atol=1e-3)
+
+
+def test_a_large_photo_shrinks_to_512_on_its_shorter_side(tmp_path):
+    assert preset("fundus", write_png(tmp_path / "a.png", np.zeros((600, 900), np.uint8))).shape == (1, 1, 512, 768)
+
+
+def test_every_sample_image_becomes_half_precision_within_unit_range(samples):
+    transform = training_transform(1, (64, 64))
+    images = {item["image"]: transform(item)["image"] for item in load_datalist(samples)}
+    wrong = {
+        name: (image.dtype, tuple(image.shape))
+        for name, image in images.items()
+        if image.dtype != torch.float16 or image.ndim != 4 or image.min() < 0 or image.max() > 1 or image.std() == 0
+    }
+    assert wrong == {}
+
+
+def test_the_encoders_input_is_normalised_and_of_its_size(samples):
+    item = load_datalist(samples, "place_test")[0]
+    image = encoder_transform(3, (32, 48), mean=0.5, std=0.5)(item)["image"]
+    assert (image.shape, image.dtype, image.min().item()) == ((3, 1, 32, 48), torch.float32, -1)
+
+
+def test_grey_is_repeated_for_an_encoder_of_colours():
+    image = torch.rand(1, 1, 3, 4)
+    assert torch.equal(MatchChannelsd("image", 3)({"image": image})["image"], image.expand(3, -1, -1, -1))
+
+
+def test_colour_becomes_its_luminance_for_an_encoder_of_grey():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    image = torch.from_numpy(pixels).movedim(2, 0)[:, None] / 255
+    grey = MatchChannelsd("image", 1)({"image": image})["image"][0, 0] * 255
+    assert (grey - torch.from_numpy(np.asarray(Image.fromarray(pixels).convert("L")).copy())).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("given", "taken"), [(2, 1), (2, 3), (4, 3), (3, 2)])
+def test_other_numbers_of_channels_are_refused(given, taken):
+    with pytest.raises(InputError, match=f"a.png: has {given} channels, the encoder takes {taken}"):
+        MatchChannelsd("image", taken)(
+            {"image": MetaTensor(torch.ones(given, 1, 2, 2), meta={"filename_or_obj": "a.png"})}
+        )
+
+
+@pytest.mark.parametrize(("crop", "fits"), [((5, 6), True), ((2, 5, 6), True), ((3, 5, 6), False), ((5, 7), False)])
+def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
+    sample = {"image": MetaTensor(torch.ones(1, 2, 5, 6), meta={"filename_or_obj": "a.png"})}
+    if fits:
+        assert RequireSized("image", crop)(sample)["image"] is sample["image"]
+    else:
+        with pytest.raises(InputError, match=r"a\.png: size 2 x 5 x 6 is smaller than the crop .*--crop_size"):
+            RequireSized("image", crop)(sample)
+
+
+def test_an_unknown_modality_is_refused_with_the_list_of_known_ones():
+    with pytest.raises(InputError, match=r"a\.png: modality 'smell' has no preset; there are ct, fundus.*--modality"):
+        ByModalityd("image")({"image": "a.png", "modality": "smell"})
+
+
+@pytest.mark.parametrize(
+    ("shape", "img_size", "filled"),
+    [((2, 20, 40), (32, 32), (2, 16, 32)), ((2, 80, 40), (32, 32), (2, 32, 16)),
+     ((4, 32, 16), (8, 16, 16), (2, 16, 8)), ((4, 4, 4), (8, 12, 16), (8, 8, 8))],
+)  # fmt: skip
+def test_fitting_keeps_proportions_and_pads_with_zeros_around(shape, img_size, filled):
+    image = FitSized("image", img_size)({"image": torch.ones(1, *shape)})["image"]
+    target = img_size if len(img_size) == 3 else (shape[0], *img_size)
+    assert image.shape == (1, *target)
+    middle = tuple(slice((t - f) // 2, (t - f) // 2 + f) for t, f in zip(target, filled, strict=True))
+    assert image[0][middle].eq(1).all()
+    assert image.sum() == np.prod(filled)
+
+
+def test_fitting_thins_slices_evenly_and_keeps_both_ends():
+    stack = torch.arange(41.0).view(1, 41, 1, 1).expand(-1, -1, 8, 8)
+    image = FitSized("image", (8, 8), max_slices=5)({"image": stack})["image"]
+    assert image[0, :, 0, 0].tolist() == [0, 10, 20, 30, 40]

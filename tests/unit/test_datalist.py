@@ -1,0 +1,156 @@
+"""Datalists and the sample images."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import nibabel as nib
+import numpy as np
+import pytest
+from image_files import preset, write_dicom, write_nifti, write_png
+from PIL import Image
+
+from biovfm_monai.data import find_images, load_datalist, read_image, training_transform, write_samples
+from biovfm_monai.data import samples as sample_images
+from biovfm_monai.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no valid JSON .*Correct"),
+        ('{"validation": [], "test": []}', "no section 'training', but validation, test"),
+        ("[]", "no section 'training'"),
+        ('{"training": []}', "no image found for 'training'"),
+        ('{"training": [{"image": "a.png", "modality": "ct"}, {"label": 1}]}', "item 1 of 'training' has no \"image\""),
+        ('{"training": [{"image": "a.png"}]}', "a.png: cannot tell the modality.*--modality"),
+    ],
+)
+def test_a_wrong_datalist_is_refused_with_the_reason(tmp_path, content, message):
+    (tmp_path / "datalist.json").write_text(content)
+    with pytest.raises(InputError, match=f"{tmp_path}.*{message}"):
+        load_datalist(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing", "no such folder.*--dataset_dir"), (".", "no image found")])
+def test_a_missing_and_an_empty_folder_are_refused(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        load_datalist(tmp_path / name)
+
+
+def test_paths_of_a_datalist_are_relative_to_its_folder_and_other_entries_stay(tmp_path):
+    (tmp_path / "datalist.json").write_text('{"test": [{"image": "x/a.png", "modality": "oct", "label": 3}]}')
+    expected = [{"image": str(tmp_path / "x/a.png"), "modality": "oct", "label": 3}]
+    assert load_datalist(tmp_path, "test") == expected
+
+
+@pytest.mark.parametrize(("override", "expected"), [(None, "microscopy"), ("fundus", "fundus")])
+def test_the_modality_is_the_nearest_folders_unless_one_is_given_for_all(tmp_path, override, expected):
+    folder = tmp_path / "ct/Microscopy/plate 1"
+    folder.mkdir(parents=True)
+    write_png(folder / "a.png", np.eye(4, dtype=np.uint8))
+    assert [item["modality"] for item in load_datalist(tmp_path, modality=override)] == [expected]
+
+
+def test_hidden_files_and_folders_and_files_that_are_no_image_are_left_out(tmp_path):
+    for name in ("a.png", "._a.png", ".cache/b.png", "notes.txt", "x/c.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / name, np.eye(4, dtype=np.uint8), format="png")
+    assert [item["image"] for item in find_images(tmp_path)] == [str(tmp_path / "a.png"), str(tmp_path / "x/c.PNG")]
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Three slices, whose names are not in the order of their places."""
+    for number, name in enumerate("cab"):
+        write_dicom(tmp_path / f"series/{name}.dcm", "1.2.3", number, value=100 * number)
+    return tmp_path / "series"
+
+
+def test_a_folder_of_dicom_slices_is_one_item_with_the_distance_of_its_slices(series):
+    (item,) = load_datalist(series.parent)
+    assert (item["image"], item["modality"], item["spacing"]) == (str(series), "ct", [1, 1, 3])
+
+
+def test_dicom_slices_are_stacked_by_place_in_hounsfield_units(series):
+    assert preset("ct", series)[0, :, 0, 0].mul(2000).sub(1000).tolist() == [-1000, -800, -600]
+
+
+def test_two_dicom_series_of_several_slices_in_one_folder_are_refused(series):
+    write_dicom(series / "d.dcm", "1.2.4")
+    with pytest.raises(InputError, match=f"{series}: holds slices of 2 DICOM series. Give each"):
+        find_images(series)
+
+
+def test_dicom_files_of_a_series_each_are_an_item_each(tmp_path):
+    files = [str(write_dicom(tmp_path / f"{i}.dcm", f"1.2.{i}")) for i in range(3)]
+    assert [item["image"] for item in find_images(tmp_path)] == files
+
+
+def test_the_patients_identifier_appears_neither_in_an_item_nor_with_the_image(series):
+    (item,) = find_images(series)
+    assert "4711" not in f"{item} {read_image(series).meta} {training_transform(1, (4, 4))(item)}"
+
+
+def test_slices_of_one_patient_share_a_subject_and_those_of_nobody_have_none(tmp_path):
+    for number, patient in enumerate(["x", "x", "y", ""]):
+        write_dicom(tmp_path / f"{number}.dcm", f"1.2.{number}", PatientID=patient)
+    a, b, c, d = find_images(tmp_path)
+    assert a["subject"] == b["subject"] != c["subject"]
+    assert "subject" not in d
+
+
+def test_a_dicom_file_of_a_modality_without_name_takes_its_folders(tmp_path):
+    write_dicom(tmp_path / "mri/a.dcm", "1.2.3", Modality="OT")
+    assert load_datalist(tmp_path)[0]["modality"] == "mri"
+
+
+# Samples
+
+
+def slab_slices(folder, origin):
+    """Numbers of the brain's slices that are in the slabs, from the slabs' own geometry."""
+    slabs = [nib.load(path) for path in sorted((folder / "mri").glob("mni152*.nii.gz"))]
+    return [range(z := round(slab.affine[2, 3] - origin), z + slab.shape[2]) for slab in slabs]
+
+
+def test_writing_the_samples_again_changes_nothing(samples):
+    before = {path: path.stat().st_mtime_ns for path in samples.rglob("*")}
+    assert write_samples(samples) == str(samples)
+    assert {path: path.stat().st_mtime_ns for path in samples.rglob("*")} == before
+
+
+def test_the_samples_have_a_training_section_and_two_labelled_ones_of_files_that_exist(samples):
+    sections = json.loads((samples / "datalist.json").read_text())
+    assert set(sections) == {"training", "place_training", "place_test"}
+    items = [item for section in sections.values() for item in section]
+    assert [item["image"] for item in items if not (samples / item["image"]).is_file()] == []
+
+
+@pytest.mark.parametrize(("section", "count"), [("place_training", 100), ("place_test", 40)])
+def test_the_classes_of_the_probe_are_balanced(samples, section, count):
+    labels = Counter(item["label"] for item in load_datalist(samples, section))
+    assert labels == dict.fromkeys(sample_images.PLACES, count)
+
+
+def test_the_slabs_leave_room_for_held_out_slices(samples):
+    slabs = slab_slices(samples, 0)
+    assert min(b[0] - a[-1] - 1 for a, b in pairwise(slabs)) > 2 * sample_images._GAP
+
+
+def test_no_test_crop_comes_from_a_slice_within_two_of_a_training_slab(tmp_path, monkeypatch):
+    volume = np.zeros((20, 21, 50))
+    volume[2:-2, 2:-2, 2:-2] = 1
+    brain = {"image": str(tmp_path / "brain.nii.gz"), "modality": "mri"}
+    monkeypatch.setattr(sample_images, "sample_datalist", lambda: [brain])
+    monkeypatch.setattr(sample_images, "_CROPS", {"place_training": 6, "place_test": 6})
+    write_nifti(tmp_path / "brain.nii.gz", volume)
+    slabs = slab_slices(tmp_path / write_samples(tmp_path / "first"), 30)
+    near = [z for z in range(50) if any(abs(z - s) <= 2 for slab in slabs for s in slab)]
+    volume[:, :, near] *= 1e-4
+    write_nifti(tmp_path / "brain.nii.gz", volume)
+    folder = tmp_path / write_samples(tmp_path / "second")
+    bright = {p: np.asarray(Image.open(p)).max() > 128 for p in folder.glob("place_*/*.png")}
+    assert slab_slices(folder, 30) == slabs
+    assert [p.name for p, is_bright in bright.items() if p.parent.name == "place_test" and not is_bright] == []
+    assert not all(bright.values())

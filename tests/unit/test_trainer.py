@@ -1,0 +1,247 @@
+"""The engine: what happens once per optimizer step, what ends a run, and that a killed run goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from torch.utils.data import DataLoader
+
+from biovfm_monai.data import GlobalBatchSampler, RandomResizedCrop
+from biovfm_monai.engines import PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine, parameter_groups
+from biovfm_monai.errors import InputError
+from biovfm_monai.methods import MAE, SSLMethod
+from biovfm_monai.networks import ViT
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Image number n, endlessly."""
+
+    def __getitem__(self, number):
+        return {"image": torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(number)), "number": number}
+
+
+class Line(SSLMethod):
+    """A parameter that follows the batch's mean, and a diary of what the engine calls."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.scale, self.progress = scale, []
+
+    def forward(self, batch):
+        return {"loss": self.scale * (self.weight - batch["image"].mean()).square().mean(), "extra": self.weight * 2}
+
+    def after_step(self, progress):
+        self.progress.append(progress)
+
+
+def mae():
+    torch.manual_seed(0)
+    return MAE(
+        ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3),
+        decoder_embed_dim=24,
+        decoder_depth=1,
+        decoder_num_heads=3,
+    )
+
+
+def trainer(method, epochs=2, steps=3, accumulation=1, batch=4, lr=0.1, **options):
+    loader = DataLoader(Numbers(), batch_sampler=GlobalBatchSampler(batch, steps, accumulation))
+    optimizer = options.pop("optimizer", None) or torch.optim.SGD(method.parameters(), lr)
+    options.setdefault("prepare_batch", RandomResizedCrop((16, 16)))
+    return PretrainingTrainer("cpu", epochs, loader, method, optimizer, accumulation_steps=accumulation, **options)
+
+
+def test_monai_sees_a_supervised_trainer():
+    assert isinstance(trainer(Line()), SupervisedTrainer)
+
+
+def test_the_output_is_the_methods_own_dict_without_gradients():
+    engine = trainer(Line())
+    engine.run()
+    (output,) = engine.state.output
+    assert set(output) == {"loss", "extra"}
+    assert not any(value.requires_grad for value in output.values())
+
+
+def test_after_step_is_called_once_per_optimizer_step_with_progress_up_to_one():
+    method = Line()
+    trainer(method, epochs=2, steps=3, accumulation=2).run()
+    assert method.progress == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+
+
+def test_accumulated_steps_equal_steps_on_the_whole_batch():
+    weights = []
+    for accumulation in (1, 2, 4):
+        method = Line()
+        # Views off: they draw from the micro-batch's own seed.
+        trainer(method, accumulation=accumulation, prepare_batch=lambda batch, *_, **__: batch).run()
+        weights.append(method.weight.item())
+    assert weights[1:] == pytest.approx(weights[:1] * 2, rel=1e-5)
+
+
+def test_schedules_move_once_per_optimizer_step_and_respect_a_groups_scale():
+    method, seen = mae(), []
+    optimizer = torch.optim.AdamW(parameter_groups(method), lr=1.0, weight_decay=1.0)
+    rate, decay = WarmupCosine(2.0, warmup=0.5), WarmupCosine(0.4, end=0.1, warmup=0.0)
+    engine = trainer(
+        method, epochs=1, steps=4, accumulation=2, optimizer=optimizer, schedules={"lr": rate, "weight_decay": decay}
+    )
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
+    )
+    engine.run()
+    for number, progress in [(1, 0.25), (3, 0.5), (5, 0.75), (7, 1.0)]:
+        assert seen[number] == [(rate(progress), decay(progress)), (rate(progress), 0.0)]
+    assert seen[1] == seen[2]
+
+
+@pytest.mark.parametrize(("progress", "value"), [(0.0, 0.0), (0.05, 1.0), (0.1, 2.0), (0.55, 1.25), (1.0, 0.5)])
+def test_warmup_is_linear_and_the_rest_a_cosine(progress, value):
+    assert WarmupCosine(2.0, end=0.5, warmup=0.1)(progress) == pytest.approx(value)
+
+
+def test_vectors_and_tokens_do_not_decay():
+    method = mae()
+    decaying, free = parameter_groups(method)
+    names = {id(p): name for name, p in method.named_parameters()}
+    assert {names[id(p)] for p in decaying["params"]} == {
+        name for name, p in method.named_parameters() if name.endswith("weight") and p.ndim == 2
+    }
+    assert {"mask_token", "encoder.cls_token", "encoder.norm.weight"} <= {names[id(p)] for p in free["params"]}
+    assert free["weight_decay"] == 0.0
+
+
+def test_gradients_are_clipped_to_the_given_norm():
+    method, norms = Line(scale=1e4), []
+    engine = trainer(method, epochs=1, clip_norm=0.5)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: norms.append(method.weight.grad.norm().item()))
+    engine.run()
+    assert max(norms) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(bad):
+    method = Line(scale=bad)
+    with pytest.raises(FloatingPointError, match=r"at iteration 1.*learning_rate"):
+        trainer(method).run()
+    assert method.weight.item() == 0
+
+
+def test_bf16_runs_under_autocast_and_keeps_weights_in_fp32():
+    method, dtypes = mae(), []
+    method.encoder.blocks[0].mlp.fc1.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    trainer(method, precision="bf16").run()
+    assert set(dtypes) == {torch.bfloat16}
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "message"), [("fp16", "needs a CUDA GPU"), ("half", "Give one of")])
+def test_a_precision_that_cannot_be_had_is_refused(precision, message):
+    with pytest.raises(InputError, match=message):
+        trainer(Line(), precision=precision)
+
+
+def run_epochs(folder, epochs, total, resume):
+    method = mae()
+    optimizer = torch.optim.AdamW(parameter_groups(method), lr=1e-2)
+    engine = trainer(
+        method, total, optimizer=optimizer, schedules={"lr": WarmupCosine(1e-2)}, seed=7,
+        train_handlers=[StateHandler(folder, resume=resume), ProgressHandler(folder / "log.jsonl", interval=1)],
+    )  # fmt: skip
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == epochs and e.terminate())
+    engine.run()
+    return method
+
+
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path):
+    expected = run_epochs(tmp_path / "whole", 4, 4, False)
+    run_epochs(tmp_path / "parts", 2, 4, False)
+    resumed = run_epochs(tmp_path / "parts", 4, 4, True)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "parts")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, caplog):
+    run_epochs(tmp_path, 3, 4, False)
+    latest = tmp_path / "latest.pt"
+    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    run_epochs(tmp_path, 4, 4, True)
+    assert "latest.pt is damaged" in caplog.text
+    assert torch.load(latest, weights_only=True)["epoch"] == 4
+
+
+def test_a_state_of_another_network_is_refused(tmp_path):
+    run_epochs(tmp_path, 1, 1, False)
+    engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
+    with pytest.raises(InputError, match="another configuration"):
+        engine.run()
+
+
+def test_resuming_from_an_empty_folder_starts_anew(tmp_path):
+    run_epochs(tmp_path / "new", 1, 1, True)
+    assert (tmp_path / "new/latest.pt").exists()
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_trainer
+save = torch.save
+def slow(state, path, *rest):
+    if state["epoch"] == 3:
+        save(state, path)
+        data = Path(path).read_bytes()
+        Path(path).write_bytes(data[: len(data) // 2])
+        print("half", flush=True)
+        time.sleep(60)
+    save(state, path, *rest)
+torch.save = slow
+test_trainer.run_epochs(Path({folder!r}), 4, 4, False)
+"""
+
+
+def test_kill_9_while_a_state_is_written_leaves_the_one_before_usable(tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        assert process.stdout.readline() == "half\n"
+        assert time.monotonic() < deadline
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
+    resumed = run_epochs(tmp_path, 4, 4, True)
+    expected = run_epochs(tmp_path / "whole", 4, 4, False)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_progress_reports_loss_rate_speed_and_waiting(tmp_path):
+    engine = trainer(
+        Line(), epochs=1, steps=4, accumulation=2, train_handlers=[ProgressHandler(tmp_path / "log.jsonl", 2)]
+    )
+    engine.run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [(line["step"], line["samples"]) for line in lines] == [(1, 4), (2, 8), (4, 16)]
+    for line in lines:
+        assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait"] <= 1
+        assert line["learning_rate"] == 0.1
+    assert engine.state.metrics["loss"] == lines[-1]["loss"]
