@@ -14,7 +14,7 @@ __all__ = ["RandomResizedCrop"]
 
 
 class RandomResizedCrop:
-    """Random resized crops and flips, in 2D and 3D, normalised: MAE's views (https://arxiv.org/abs/2111.06377).
+    """Random resized crops, flips and turns, in 2D and 3D, normalised: MAE's views (https://arxiv.org/abs/2111.06377).
 
     An instance serves as the trainer's `prepare_batch`.
 
@@ -23,6 +23,8 @@ class RandomResizedCrop:
         scale: share of the area (volume) of the source that a view shows, drawn uniformly in between.
         ratio: height over width, drawn log-uniformly in between; volumes keep their proportions.
         flip: probability of a left-right flip.
+        rotation: largest in-plane turn in degrees, drawn uniformly up to it in both directions; 0 for images whose
+            upright position means something. What a turned view shows beyond the source is its mirror image.
         mean, std: of the normalisation, after which [0, 1] becomes (0 - mean) / std and so on.
     """
 
@@ -32,11 +34,12 @@ class RandomResizedCrop:
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        rotation: float = 0.0,
         mean: float = 0.5,
         std: float = 0.5,
     ) -> None:
         self.img_size = tuple(img_size)
-        self.scale, self.ratio, self.flip = scale, ratio, flip
+        self.scale, self.ratio, self.flip, self.rotation = scale, ratio, flip, rotation
         self.mean, self.std = mean, std
 
     def draw(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
@@ -53,7 +56,12 @@ class RandomResizedCrop:
             sides = torch.stack([side / aspect, side * aspect], dim=1).clamp(max=1.0)
         centre = uniform(-1.0, 1.0, dims) * (1 - sides)
         sides[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
-        return torch.cat([torch.diag_embed(sides), centre[..., None]], dim=2)
+        matrix = torch.diag_embed(sides)
+        if self.rotation:
+            angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
+            turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+            matrix[:, :2] = turn @ matrix[:, :2]
+        return torch.cat([matrix, centre[..., None]], dim=2)
 
     def still(self, batch_size: int) -> Tensor:
         """Maps, as from `draw`, that show the whole source as it is."""
@@ -66,7 +74,7 @@ class RandomResizedCrop:
         if len(self.img_size) == 2:
             image = image[:, :, 0]
         grid = F.affine_grid(maps, [image.shape[0], 1, *self.img_size], align_corners=False)
-        view = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return (view - self.mean) / self.std
 
     def __call__(

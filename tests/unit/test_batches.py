@@ -54,7 +54,7 @@ def test_a_stream_of_no_images_is_refused():
 
 
 def test_crops_reach_workers_that_are_spawned(tmp_path):
-    item = {"image": str(write_nifti(tmp_path / "a.nii.gz", np.ones((6, 6, 6)))), "modality": "mri"}
+    item = {"image": str(write_nifti(tmp_path / "a.nii.gz", np.arange(216).reshape(6, 6, 6))), "modality": "mri"}
     crops = RandomCropDataset([item], training_transform(1, (4, 4)), (4, 4))
     copy = pickle.loads(pickle.dumps(crops))  # noqa: S301 - our own
     assert torch.equal(copy[5]["image"], crops[5]["image"])
