@@ -1,12 +1,13 @@
-"""One exception for a user's mistake, and one way to show it without a traceback."""
+"""Exceptions for a user's mistake and a diverged run, and one way to show them without a traceback."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import TracebackType
 
-__all__ = ["InputError", "report_input_errors"]
+__all__ = ["InputError", "NonFiniteLossError", "report_input_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -15,14 +16,25 @@ class InputError(ValueError):
     """A file, key or value given by the user cannot be used; the message names it, the rule and the remedy."""
 
 
-def _find(error: BaseException | None) -> BaseException | None:
-    while error is not None and not isinstance(error, (InputError, FloatingPointError)):
-        error = error.__cause__ or error.__context__
-    return error
+class NonFiniteLossError(FloatingPointError):
+    """A loss became NaN or infinite; the message says when, and what to try."""
+
+
+def _message(error: BaseException | None) -> str | None:
+    """The line to show for an error, found among its causes; None when it is no error of ours."""
+    while error is not None:
+        if isinstance(error, InputError | NonFiniteLossError):
+            return str(error)
+        # A worker of a DataLoader hands over the text of its traceback, not the exception.
+        worker = re.search(rf"^{re.escape(__name__)}\.\w+: (.*)$", str(error), re.MULTILINE)
+        if worker:
+            return worker.group(1)
+        error = error.__cause__
+    return None
 
 
 def report_input_errors() -> None:
-    """Print an uncaught `InputError` as one line instead of a traceback, for the rest of this process.
+    """Print an uncaught error of this module as one line instead of a traceback, for the rest of this process.
 
     MONAI's config parser and transforms wrap what is raised inside them, so the chain of causes is searched.
     The whole traceback is still logged at level DEBUG.
@@ -30,11 +42,11 @@ def report_input_errors() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        mistake = _find(error)
-        if mistake is None:
+        message = _message(error)
+        if message is None:
             previous(kind, error, traceback)
             return
         logger.debug("where it happened", exc_info=(kind, error, traceback))
-        sys.stderr.write(f"error: {mistake}\n")
+        sys.stderr.write(f"error: {message}\n")
 
     sys.excepthook = hook

@@ -10,6 +10,13 @@ from pathlib import Path
 __all__ = ["write_atomically"]
 
 
+def _ordinary_mode() -> int:
+    """What a newly made file may be read by; some libraries write theirs for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; when the block succeeds, its content takes the place of `path` in one step.
@@ -23,6 +30,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
+        draft.chmod(_ordinary_mode())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -67,7 +67,12 @@ def encoder_info(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: a safetensors file without our header. Only files that save_encoder wrote can be used."
         )
-    return dict(json.loads(metadata[_HEADER]))
+    try:
+        info = dict(json.loads(metadata[_HEADER]))
+        str(info["network"]["_target_"]), dict(info["preprocessing"]), dict(info["training"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: its header is damaged ({error!r}). Copy or export the file again.") from error
+    return info
 
 
 def build_encoder(info: Mapping[str, Any]) -> ViT:
@@ -79,10 +84,11 @@ def build_encoder(info: Mapping[str, Any]) -> ViT:
     arguments = dict(info["network"])
     target = str(arguments.pop("_target_"))
     name = target.removeprefix(_PREFIX)
-    if not target.startswith(_PREFIX) or name not in networks.__all__:
+    network = getattr(networks, name, None) if name in networks.__all__ else None
+    if not (target.startswith(_PREFIX) and isinstance(network, type) and issubclass(network, ViT)):
         raise InputError(f"the encoder file asks for {target}, which this version does not have. Update biovfm-monai.")
     try:
-        encoder: ViT = getattr(networks, name)(**arguments)
+        encoder = network(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai."

@@ -54,7 +54,12 @@ def load_datalist(
     folder = Path(dataset_dir).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")
-    items = _read_section(folder, section) if (folder / DATALIST).is_file() else find_images(folder)
+    if (folder / DATALIST).is_file():
+        items = _read_section(folder, section)
+    elif section == "training":
+        items = find_images(folder)
+    else:
+        raise InputError(f"{folder}: without {DATALIST} all its images are 'training'. Write one to have {section!r}.")
     if not items:
         raise InputError(f"{folder}: no image found for {section!r}. Supported: {_endings()}.")
     for item in items:
@@ -111,15 +116,15 @@ def _read_section(folder: Path, section: str) -> list[dict[str, Any]]:
     path = folder / DATALIST
     try:
         sections = json.loads(path.read_text(encoding="utf-8"))
-        entries = sections[section]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no valid JSON ({error}). Correct the file.") from error
-    except (KeyError, TypeError) as error:
+    if not isinstance(sections, dict) or not isinstance(sections.get(section), list):
         names = ", ".join(sections) if isinstance(sections, dict) else "no sections at all"
-        raise InputError(f"{path}: has no section {section!r}, but {names}. Add it, or name another.") from error
+        raise InputError(f"{path}: has no list {section!r}, but {names}. Add it, or name another.")
+    entries = sections[section]
     items = []
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or "image" not in entry:
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise InputError(f'{path}: item {number} of {section!r} has no "image". Write {{"image": "path", ...}}.')
         items.append({**entry, "image": str(folder / entry["image"])})
     return items

@@ -29,7 +29,7 @@ PLACES = [f"{height} {depth}" for height in ("low", "middle", "high") for depth 
 
 _CROP = 64
 _PERIOD, _TRAIN, _GAP = 15, 8, 2
-_CROPS = {"place_training": 300, "place_test": 100}
+_CROPS = {"place_training": 200, "place_test": 80}
 
 
 def sample_datalist() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
 
 __all__ = ["PretrainingTrainer"]
@@ -49,7 +49,7 @@ class PretrainingTrainer(SupervisedTrainer):
 
     Raises:
         InputError: on an unknown precision, or fp16 without a GPU.
-        FloatingPointError: in `run`, when the loss is not finite.
+        NonFiniteLossError: in `run`, when the loss is not finite.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class PretrainingTrainer(SupervisedTrainer):
         self.method.after_step(self.step / self.total_steps)
 
     def check_losses(self, leave: int) -> None:
-        """Raise FloatingPointError if a loss is not finite, the newest `leave` of them not looked at yet."""
+        """Raise NonFiniteLossError if a loss is not finite, the newest `leave` of them not looked at yet."""
         while len(self._unchecked) > leave:
             iteration, loss = self._unchecked.popleft()
             if not torch.isfinite(loss):
-                raise FloatingPointError(
+                raise NonFiniteLossError(
                     f"the loss is {loss.item()} at iteration {iteration}. Lower --learning_rate, set --clip_norm 1.0, "
                     "or train with --precision fp32; the last checkpoint is from before."
                 )

@@ -77,7 +77,13 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers, as MAE has them; use with `Module.apply`."""
+    """Xavier-uniform weights and zero biases for linear layers, as MAE has them; use with `Module.apply`.
+
+    Query, key and value are three matrices of their own for this, as in the ViT paper's code.
+    """
+    if isinstance(module, Attention):
+        for matrix in module.qkv.weight.data.chunk(3):
+            nn.init.xavier_uniform_(matrix)
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

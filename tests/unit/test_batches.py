@@ -30,6 +30,11 @@ def test_a_crop_depends_on_the_seed_and_its_number_only():
     assert not all(torch.equal(other[n]["image"], crops[n]) for n in range(20))
 
 
+def test_the_seed_moves_the_places_of_crops_too():
+    (_, first), (_, other) = stream(count=1, seed=3), stream(count=1, seed=4)
+    assert not all(torch.equal(first[n]["image"], other[n]["image"]) for n in range(20))
+
+
 def test_each_pass_visits_every_image_once_in_an_order_of_its_own():
     images, crops = stream(count=7)
     passes = [[int(crops[7 * k + n]["image"].min()) // images[0].numel() for n in range(7)] for k in range(4)]
@@ -154,11 +159,11 @@ def test_the_share_shown_fills_the_stated_range(size):
     assert abs(share.mean() - 0.35) < 0.01
 
 
-def test_the_aspect_of_2d_views_fills_the_stated_range():
-    maps = RandomResizedCrop((8, 8), scale=(0.2, 0.5), ratio=(0.5, 2.0)).draw(2000, "cpu").abs()
+def test_the_height_of_2d_views_over_their_width_fills_the_stated_range():
+    maps = RandomResizedCrop((8, 8), scale=(0.1, 0.2), ratio=(1.0, 4.0)).draw(2000, "cpu").abs()
     aspect = (maps[:, 1, 1] / maps[:, 0, 0]).log2()
-    assert -1 - 1e-5 <= aspect.min() < -0.95
-    assert 0.95 < aspect.max() <= 1 + 1e-5
+    assert -1e-5 <= aspect.min() < 0.05
+    assert 1.95 < aspect.max() <= 2 + 1e-5
 
 
 def test_volumes_keep_their_proportions():

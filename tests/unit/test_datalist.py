@@ -19,8 +19,8 @@ from biovfm_monai.errors import InputError
     ("content", "message"),
     [
         ("{", "no valid JSON .*Correct"),
-        ('{"validation": [], "test": []}', "no section 'training', but validation, test"),
-        ("[]", "no section 'training'"),
+        ('{"validation": [], "test": []}', "no list 'training', but validation, test"),
+        ("[]", "no list 'training'"),
         ('{"training": []}', "no image found for 'training'"),
         ('{"training": [{"image": "a.png", "modality": "ct"}, {"label": 1}]}', "item 1 of 'training' has no \"image\""),
         ('{"training": [{"image": "a.png"}]}', "a.png: cannot tell the modality.*--modality"),
@@ -52,6 +52,13 @@ def test_the_modality_is_the_nearest_folders_unless_one_is_given_for_all(tmp_pat
     assert [item["modality"] for item in load_datalist(tmp_path, modality=override)] == [expected]
 
 
+@pytest.mark.parametrize(("dataset_dir", "expected"), [("x/ct", "ct"), ("ct/x", None)])
+def test_the_dataset_folders_own_name_tells_the_modality_but_none_above_it(tmp_path, dataset_dir, expected):
+    (tmp_path / dataset_dir / "y").mkdir(parents=True)
+    write_png(tmp_path / dataset_dir / "y/a.png", np.eye(4, dtype=np.uint8))
+    assert [item["modality"] for item in find_images(tmp_path / dataset_dir)] == [expected]
+
+
 def test_hidden_files_and_folders_and_files_that_are_no_image_are_left_out(tmp_path):
     for name in ("a.png", "._a.png", ".cache/b.png", "notes.txt", "x/c.PNG"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -62,7 +69,7 @@ def test_hidden_files_and_folders_and_files_that_are_no_image_are_left_out(tmp_p
 @pytest.fixture
 def series(tmp_path):
     """Three slices, whose names are not in the order of their places."""
-    for number, name in enumerate("cab"):
+    for number, name in enumerate("acb"):
         write_dicom(tmp_path / f"series/{name}.dcm", "1.2.3", number, value=100 * number)
     return tmp_path / "series"
 
@@ -127,7 +134,7 @@ def test_the_samples_have_a_training_section_and_two_labelled_ones_of_files_that
     assert [item["image"] for item in items if not (samples / item["image"]).is_file()] == []
 
 
-@pytest.mark.parametrize(("section", "count"), [("place_training", 100), ("place_test", 40)])
+@pytest.mark.parametrize(("section", "count"), [("place_training", 200), ("place_test", 80)])
 def test_the_classes_of_the_probe_are_balanced(samples, section, count):
     labels = Counter(item["label"] for item in load_datalist(samples, section))
     assert labels == dict.fromkeys(sample_images.PLACES, count)
@@ -154,3 +161,15 @@ def test_no_test_crop_comes_from_a_slice_within_two_of_a_training_slab(tmp_path,
     assert slab_slices(folder, 30) == slabs
     assert [p.name for p, is_bright in bright.items() if p.parent.name == "place_test" and not is_bright] == []
     assert not all(bright.values())
+
+
+@pytest.mark.parametrize("content", ['{"training": 3}', '{"training": [{"image": 7}]}', '{"training": ["a.png"]}'])
+def test_a_datalist_of_another_form_is_refused(tmp_path, content):
+    (tmp_path / "datalist.json").write_text(content)
+    with pytest.raises(InputError, match=r"datalist\.json: "):
+        load_datalist(tmp_path)
+
+
+def test_a_folder_without_datalist_has_no_test_section(tmp_path):
+    with pytest.raises(InputError, match="all its images are 'training'"):
+        load_datalist(tmp_path, "test")

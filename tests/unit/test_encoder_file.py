@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -323,6 +324,26 @@ def test_the_traceback_of_a_mistake_is_logged_for_debugging(shown, caplog):
     caplog.set_level(logging.DEBUG, "biovfm_monai")
     shown(load_encoder, "/absent")
     assert "in load_encoder" in caplog.text
+
+
+def test_a_mistake_in_a_loaders_worker_is_shown_as_one_line(shown):
+    items = [{"image": "/absent/a.png", "modality": "ct"}]
+    loader = DataLoader(Dataset(items, training_transform(1, (4, 4))), num_workers=1)
+    line = shown(lambda: list(loader))
+    assert line == "error: /absent/a.png: no such file. Correct the path in the datalist.\n"
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"network": {}}', '{"network": {"_target_": "x"}, "training": {}}'])
+def test_a_damaged_header_is_refused(path, header):
+    save_file({"a": torch.zeros(1)}, path, metadata={"biovfm_monai": header})
+    with pytest.raises(InputError, match=r"header is damaged.*export"):
+        encoder_info(path)
+
+
+def test_colleagues_can_read_a_written_file(path):
+    other = path.with_name("ordinary")
+    other.write_text("")
+    assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_a_hook_that_was_there_before_still_gets_other_errors(monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from biovfm_monai.data import GlobalBatchSampler, RandomResizedCrop
 from biovfm_monai.engines import PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine, parameter_groups
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import MAE, SSLMethod
 from biovfm_monai.networks import ViT
 
@@ -131,7 +131,7 @@ def test_gradients_are_clipped_to_the_given_norm():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(bad):
     method = Line(scale=bad)
-    with pytest.raises(FloatingPointError, match=r"at iteration 1.*learning_rate"):
+    with pytest.raises(NonFiniteLossError, match=r"at iteration 1.*learning_rate"):
         trainer(method).run()
     assert method.weight.item() == 0
 
