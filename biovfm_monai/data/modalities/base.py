@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import (
@@ -88,19 +89,23 @@ class ShrinkInPlaned(MapTransform):
 
 
 class EightBitd(MapTransform):
-    """Scale to [0, 1]: 8-bit images by 255, all others between their 0.5 and 99.5 percentiles."""
+    """Scale to [0, 1]: 8-bit images, which were made for display, by 255; all others by another rule.
 
-    def __init__(self, keys: KeysCollection) -> None:
+    Args:
+        keys: what to scale.
+        otherwise: rule for float images; by default their 0.5 and 99.5 percentiles become 0 and 1.
+    """
+
+    def __init__(self, keys: KeysCollection, otherwise: Transform | None = None) -> None:
         super().__init__(keys)
-        self.percentiles = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
+        self.otherwise = otherwise or ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Scale one sample's images."""
         sample = dict(data)
         for key in self.key_iterator(sample):
             image = sample[key]
-            eight_bit = image.dtype.itemsize == 1
-            sample[key] = image.float() / 255 if eight_bit else self.percentiles(image)
+            sample[key] = image.float() / 255 if image.dtype == torch.uint8 else self.otherwise(image)
         return sample
 
 
