@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def quickstart(folder: str | Path = "biovfm_quickstart", options: dict[str, Any]
     root = _short(root)
     command = ["-m", "monai.bundle", "run", "--config_file", f"{root}/configs/train.json", "--bundle_root", str(root)]
     command += [text for name, value in (options or {}).items() for text in (f"--{name}", str(value))]
-    visible = "python " + shlex.join(command)
+    visible = f"{_program('python')} {shlex.join(command)}"
     sys.stdout.write(f"\nThis is all that runs now; copy it and change it:\n\n    {visible}\n\n")
     sys.stdout.flush()
     begun = time.monotonic()
@@ -61,6 +62,12 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def _program(name: str) -> str:
+    """How to call a program of this environment: by its name if that finds it, else by its path."""
+    path = Path(sys.executable).parent / name
+    return name if shutil.which(name) == str(path) else shlex.quote(str(_short(path)))
+
+
 def _summary(root: Path, scores: dict[str, Any], minutes: float, command: list[str]) -> str:
     lines = [json.loads(line) for line in (root / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()]
     first, last = lines[0], lines[-1]
@@ -68,7 +75,8 @@ def _summary(root: Path, scores: dict[str, Any], minutes: float, command: list[s
     seconds = sum(line["seconds"] for line in rest)
     images = last["samples"] - (first["samples"] if len(lines) > 1 else 0)
     name = shlex.quote(str(root))
-    run = "python " + shlex.join(command[:7])
+    run = f"{_program('python')} {shlex.join(command[:7])}"
+    biovfm = _program("biovfm")
     return f"""
 Pretrained a vision transformer on {last["samples"]} crops of real images in {minutes:.1f} minutes.
 {images / seconds:.0f} images/s; the loss fell from {first["loss"]:.3f} to {last["loss"]:.3f}.
@@ -87,8 +95,8 @@ What is where:
     TensorBoard log       {root}/eval/tensorboard
 
 What to try next:
-    tensorboard --logdir {name}/eval/tensorboard
-    biovfm info {name}/models/encoder.safetensors
-    biovfm embed {name}/samples/fundus --encoder {name}/models/encoder.safetensors --out embeddings.npz
+    {_program("tensorboard")} --logdir {name}/eval/tensorboard
+    {biovfm} info {name}/models/encoder.safetensors
+    {biovfm} embed {name}/samples/fundus --encoder {name}/models/encoder.safetensors --out embeddings.npz
     {run} --dataset_dir FOLDER_OF_YOUR_IMAGES --modality mri
 """

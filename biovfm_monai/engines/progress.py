@@ -31,7 +31,7 @@ class ProgressHandler:
         interval: optimizer steps per line; the first step has a line of its own.
     """
 
-    def __init__(self, log_path: str | Path | None = None, interval: int = 20) -> None:
+    def __init__(self, log_path: str | Path | None = None, interval: int = 50) -> None:
         self.log_path = None if log_path is None else Path(log_path)
         self.interval = interval
         self._waited = self._asked = self._begun = 0.0

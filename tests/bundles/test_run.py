@@ -16,6 +16,7 @@ from monai.bundle import ConfigWorkflow, ckpt_export, load, verify_metadata, ver
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from biovfm_monai import quickstart
 from biovfm_monai.checkpoints import encoder_info, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import Embedder
@@ -257,3 +258,56 @@ def test_a_copy_from_an_installed_wheel_runs_without_the_repository(tmp_path, sa
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert (root / "models/encoder.safetensors").is_file()
+
+
+def biovfm(*arguments, cwd):
+    command = [sys.executable, "-m", "biovfm_monai.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_info_and_embed_commands_use_an_encoder_file(trained, tmp_path):
+    encoder = trained / "models/encoder.safetensors"
+    done = biovfm("info", encoder, cwd=tmp_path)
+    assert json.loads(done.stdout) == encoder_info(encoder)
+    done = biovfm("embed", trained / "samples/fundus", trained / "samples/ct", "--encoder", encoder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "embeddings.npz: 3 image(s), 192 numbers each"
+    with np.load(tmp_path / "embeddings.npz") as result:
+        assert [Path(file).name for file in result["files"]] == ["microaneurysms.png", "retina.jpg", "CT_small.dcm"]
+        assert result["embeddings"].shape == (3, 192)
+        assert np.isfinite(result["embeddings"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("info", "nowhere.safetensors"), "nowhere.safetensors: no such encoder file"),
+        (("bundle", "unknown", "."), "there is no bundle 'unknown', but biovfm_mae_pretraining"),
+        (("embed", "--encoder", "x"), "name at least one image"),
+        (("embed", "scan.nii.gz", "--encoder", "x"), "scan.nii.gz: no such file or folder"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_answered_in_one_line(tmp_path, arguments, words):
+    done = biovfm(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_quickstart_ends_with_scores_places_and_next_commands(trained, tmp_path, monkeypatch):
+    root = copy_bundle(BUNDLE.name, tmp_path / "quick start")
+    shutil.copytree(trained / "samples", root / "samples")
+    monkeypatch.setattr(quickstart, "is_checkout", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    options = {"max_epochs": 1, "steps_per_epoch": 2, "batch_size": 8}
+    summary = quickstart.quickstart("quick start", options)
+    for word in ("pretrained encoder", "untrained encoder", "raw pixels", "images/s", "the loss fell from"):
+        assert word in summary
+    for place in (
+        "models/encoder.safetensors",
+        "models/state/latest.pt",
+        "eval/reconstruction.png",
+        "eval/tensorboard",
+    ):
+        assert f"{root.relative_to(tmp_path)}/{place}" in summary
+        assert (root / place).exists()
