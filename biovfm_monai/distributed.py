@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["device", "finalize", "initialize", "is_main", "parallel", "rank", "world_size"]
+__all__ = ["barrier", "device", "finalize", "initialize", "is_main", "parallel", "rank", "world_size"]
 
 
 def initialize() -> None:
@@ -53,6 +53,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
     return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    idist.barrier()
 
 
 def parallel(module: nn.Module, device: torch.device | str) -> nn.Module:

@@ -32,8 +32,13 @@ def quickstart(folder: str | Path = "biovfm_quickstart", options: dict[str, Any]
         The summary.
 
     Raises:
-        InputError: when the training command fails.
+        InputError: when the training command fails, or an option would put results elsewhere.
     """
+    fixed = {"output_dir", "ckpt_dir", "dataset_dir", "bundle_root"} & set(options or {})
+    if fixed:
+        raise InputError(
+            f"--{fixed.pop()} cannot be changed in the quickstart. Run the bundle's command, which it prints."
+        )
     root = shipped_folder("bundles") / _BUNDLE if is_checkout() else Path(folder).resolve() / _BUNDLE
     if not root.exists():
         copy_bundle(_BUNDLE, folder)

@@ -38,5 +38,9 @@ def copy_bundle(name: str, folder: str | Path) -> Path:
     if target.exists():
         raise InputError(f"{target}: is already there, and would be overwritten. Name another folder, or remove it.")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("models", "eval", "samples"))
-    shutil.copytree(shipped_folder("configs"), target.parent / "configs", dirs_exist_ok=True)
+    for overlay in shipped_folder("configs").glob("*.json"):
+        copy = target.parent / "configs" / overlay.name
+        copy.parent.mkdir(exist_ok=True)
+        if not copy.exists():
+            shutil.copyfile(overlay, copy)
     return target

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pydicom
 import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
 
 from biovfm_monai.data import modalities
 from biovfm_monai.data.reading import NIFTI, PHOTO, suffix
@@ -133,7 +135,7 @@ def _read_section(folder: Path, section: str) -> list[dict[str, Any]]:
 def _describe(path: Path, root: Path) -> dict[str, Any]:
     item: dict[str, Any] = {"image": str(path), "modality": _folder_modality(path, root)}
     if suffix(path) not in PHOTO:
-        item["spacing"] = list(_header(path).GetSpacing())
+        item["spacing"] = _spacing(path)
     return item
 
 
@@ -153,7 +155,7 @@ def _describe_dicom(parent: Path, slices: list[Path], root: Path) -> Iterator[di
 
 def _dicom_item(image: Path, headers: dict[Path, pydicom.Dataset], root: Path) -> dict[str, Any]:
     first, header = next(iter(headers.items()))
-    spacing = list(_header(first).GetSpacing())
+    spacing = _spacing(first)
     places = [h.ImagePositionPatient for h in headers.values() if h.get("ImagePositionPatient")]
     if len(places) > 1:
         # The header of one slice does not tell the distance to the next.
@@ -173,15 +175,18 @@ def _dicom_header(path: Path) -> pydicom.Dataset:
         raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 
 
-def _header(path: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+def _spacing(path: Path) -> list[float]:
+    """Millimetres per voxel as the header says; nibabel for NIfTI, whose sheared grids SimpleITK refuses."""
     try:
+        if suffix(path) in NIFTI:
+            return [float(size) for size in nib.load(path).header.get_zooms()[:3]]
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        return list(reader.GetSpacing())
+    except (RuntimeError, OSError, EOFError, ImageFileError) as error:
+        reason = (str(error).strip() or "empty").splitlines()[-1]
         raise InputError(f"{path}: header cannot be read ({reason}). Repair or remove the file.") from error
-    return reader
 
 
 def _folder_modality(path: Path, root: Path) -> str | None:

@@ -17,10 +17,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image
-from pydicom.data import get_testdata_file
 from skimage.transform import AffineTransform, warp
 
+from biovfm_monai import distributed
 from biovfm_monai.data.datalist import DATALIST
+from biovfm_monai.errors import InputError
 
 __all__ = ["PLACES", "sample_datalist", "write_samples"]
 
@@ -47,8 +48,8 @@ def sample_datalist() -> list[dict[str, Any]]:
     def item(image: str | Path, modality: str, source: str, subject: str, **more: Any) -> dict[str, Any]:
         return {"image": str(image), "modality": modality, "source": source, "subject": subject, **more}
 
-    def dicom(name: str) -> str:
-        return str(get_testdata_file(name, download=False))
+    def dicom(name: str) -> Path:
+        return _package("pydicom") / "data/test_files" / name
 
     return [
         item(volume("t1"), "mri", "nilearn", "mni152", spacing=[1.0, 1.0, 1.0], label=[volume("gm"), volume("wm")]),
@@ -79,12 +80,26 @@ def write_samples(folder: str | Path) -> str:
     lie? Each crop is turned, mirrored, zoomed and changed in contrast at random, so that no pixel sits where its
     neighbour in a training slice does.
 
+    Of several processes only the main one writes, and the others wait for it.
+
     Returns:
         The folder.
+
+    Raises:
+        InputError: when the folder holds something else.
     """
     folder = Path(folder)
-    if (folder / DATALIST).is_file():
-        return str(folder)
+    if distributed.is_main() and not (folder / DATALIST).is_file():
+        _write(folder)
+    distributed.barrier()
+    return str(folder)
+
+
+def _write(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder}: holds files but no {DATALIST}. Give your images as --dataset_dir, or move them away."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         new = Path(name) / folder.name
@@ -98,9 +113,7 @@ def write_samples(folder: str | Path) -> str:
             sections["training"].append({**item, "image": str(copy.relative_to(new))})
         sections |= _write_crops(brain, new)
         (new / DATALIST).write_text(json.dumps(sections, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(new, folder)  # noqa: PTH105 - replaces in one step, which Path.rename does not promise
-    return str(folder)
+        os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
 
 
 def _brain_box(volume: np.ndarray) -> list[slice]:

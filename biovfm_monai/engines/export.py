@@ -43,7 +43,7 @@ class EncoderHandler:
             "method": type(engine.method).__name__,
             "steps": engine.step,
             "samples_seen": engine.samples_seen,
-            "loss": float(engine.state.metrics.get("loss", engine.state.output[0]["loss"])),
+            "loss": float(engine.state.metrics.get("mean_loss", engine.state.output[0]["loss"])),
             "biovfm_monai": biovfm_monai.__version__,
             "torch": torch.__version__,
         }

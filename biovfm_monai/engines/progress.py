@@ -87,7 +87,8 @@ class ProgressHandler:
             "images_per_second": (engine.samples_seen - self._samples) / seconds,
             "data_wait": self._waited / seconds,
         }
-        engine.state.metrics.update(metrics)
+        # "loss" is the name of each iteration's own in TensorBoard and MLflow.
+        engine.state.metrics.update({"mean_loss" if name == "loss" else name: value for name, value in metrics.items()})
         if not distributed.is_main():
             return
         line = {"step": engine.step, "samples": engine.samples_seen, "seconds": round(seconds, 3), **metrics}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 class StateHandler:
     """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`.
 
-    A state holds the method (teacher and heads too), the optimizer, the loss scaler and the iteration; schedules, data
-    order and random numbers follow from the iteration. Files hold tensors and plain values only and are read with
+    A state holds the method (teacher and heads too), the optimizer, the loss scaler and how far the run is; schedules,
+    data order and random numbers follow from that. Files hold tensors and plain values only and are read with
     `weights_only=True`.
 
     Args:
@@ -33,7 +32,7 @@ class StateHandler:
         resume: start from the newest readable state in the folder, if there is one.
 
     Raises:
-        InputError: on resuming from a state of another network or optimizer.
+        InputError: on resuming from a state of another network, optimizer or batch size, or when no state can be read.
     """
 
     def __init__(self, folder: str | Path, interval: int = 1, resume: bool = False) -> None:
@@ -55,7 +54,8 @@ class StateHandler:
             "method": engine.method.state_dict(),
             "optimizer": engine.optimizer.state_dict(),
             "loss_scaler": engine.loss_scaler.state_dict(),
-            "iteration": engine.state.iteration,
+            "step": engine.step,
+            "samples_seen": engine.samples_seen,
             "epoch": engine.state.epoch,
         }
         latest = self.folder / "latest.pt"
@@ -67,20 +67,31 @@ class StateHandler:
     def _load(self, engine: PretrainingTrainer) -> None:
         if not self.resume:
             return
-        for name in ("latest.pt", "previous.pt"):
-            path = self.folder / name
-            state = self._read(path, engine.state.device) if path.exists() else None
+        paths = [path for name in ("latest.pt", "previous.pt") if (path := self.folder / name).exists()]
+        for path in paths:
+            state = self._read(path)
             if state is not None:
                 self._apply(engine, state, path)
                 return
+        if paths:
+            raise InputError(
+                f"{self.folder}: no state in it can be read. Restore one, or start anew with --resume False."
+            )
         logger.info("no state to resume from in %s: starting anew", self.folder)
 
     @staticmethod
-    def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    def _read(path: Path) -> dict[str, Any] | None:
         try:
-            return dict(torch.load(path, map_location=device, weights_only=True))
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            logger.warning("%s is damaged (%s): trying the state before it", path, str(error).splitlines()[0])
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a damaged pickle fails in many ways
+            logger.warning(
+                "%s is damaged (%s): trying the state before it", path, (str(error) or "empty").splitlines()[0]
+            )
+            if distributed.is_main():
+                # Else the next write would keep it as the previous state, in place of the good one.
+                path.replace(path.with_suffix(".damaged"))
             return None
 
     @staticmethod
@@ -94,5 +105,11 @@ class StateHandler:
                 "with, or start anew with --resume False."
             ) from error
         engine.loss_scaler.load_state_dict(state["loss_scaler"])
-        engine.state.iteration, engine.state.epoch = state["iteration"], state["epoch"]
+        engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
+        whole_epochs = engine.state.iteration == engine.state.epoch * engine.state.epoch_length
+        if not whole_epochs or engine.samples_seen != state["samples_seen"]:
+            raise InputError(
+                f"{path}: was made with another batch_size or steps_per_epoch ({state['samples_seen']} images in "
+                f"{state['epoch']} epochs). Resume with the same ones, or start anew with --resume False."
+            )
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)

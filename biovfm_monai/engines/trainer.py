@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -101,7 +102,6 @@ class PretrainingTrainer(SupervisedTrainer):
             accumulation_steps=accumulation_steps,
         )
         self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
-        self.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.check_losses(0))
 
     @property
     def method(self) -> SSLMethod:
@@ -131,7 +131,8 @@ class PretrainingTrainer(SupervisedTrainer):
         The output is a list of one dict, which is what MONAI's handlers take by default.
         """
         iteration = int(self.state.iteration)
-        torch.manual_seed(self.seed + iteration * distributed.world_size() + distributed.rank())
+        stream = np.random.SeedSequence((self.seed, iteration, distributed.rank()))
+        torch.manual_seed(int(stream.generate_state(1)[0]))
         batch = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
         self.network.train()
         if (iteration - 1) % self.accumulation_steps == 0:
@@ -146,8 +147,10 @@ class PretrainingTrainer(SupervisedTrainer):
             self.loss_scaler.scale(loss / self.accumulation_steps).backward()
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._unchecked.append((iteration, loss.detach()))
-        # On a GPU the newest loss is still being computed, and reading it would make the host wait.
-        self.check_losses(0 if loss.device.type == "cpu" else 1)
+        # On a GPU the newest loss is still being computed, and reading it would make the host wait. At the end of an
+        # epoch handlers write files, which must not hold what a bad loss did to the weights.
+        epoch_ends = iteration % self.state.epoch_length == 0
+        self._check_losses(0 if loss.device.type == "cpu" or epoch_ends else 1)
         if steps_now:
             self._optimizer_step()
         self.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -170,7 +173,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.loss_scaler.update()
         self.method.after_step(self.step / self.total_steps)
 
-    def check_losses(self, leave: int) -> None:
+    def _check_losses(self, leave: int) -> None:
         """Raise NonFiniteLossError if a loss is not finite, the newest `leave` of them not looked at yet."""
         while len(self._unchecked) > leave:
             iteration, loss = self._unchecked.popleft()

@@ -15,13 +15,13 @@ from biovfm_monai.checkpoints import encoder_info, load_encoder
 from biovfm_monai.data import encoder_transform, find_images
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
-from biovfm_monai.networks import Embedder, ViT
+from biovfm_monai.networks import Embedder
 
-__all__ = ["embed", "embed_files", "transform_of"]
+__all__ = ["RawPixels", "embed", "embed_files", "transform_of"]
 
 
 def transform_of(encoder_path: str | Path) -> Compose:
-    """The transform that brings a datalist item to the input of the encoder in a file, as in its pretraining.
+    """The transform that brings a datalist item to the input of the encoder in a file, whole and padded.
 
     Raises:
         InputError: when the file does not say how its images were prepared.
@@ -36,19 +36,36 @@ def transform_of(encoder_path: str | Path) -> Compose:
     return encoder_transform(network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"])
 
 
-def embed(encoder: ViT | None, images: Dataset, device: torch.device | str = "cpu", batch_size: int = 1) -> np.ndarray:
+class RawPixels(torch.nn.Module):
+    """The prepared pixels themselves, the control that every score should be compared with.
+
+    Args:
+        spatial_dims: of the encoder it stands beside; for 2D a volume's slices are averaged, as `Embedder` does.
+    """
+
+    def __init__(self, spatial_dims: int) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Map B x C x (D) x H x W to B x pixels."""
+        return (image.mean(2) if self.spatial_dims == 2 and image.ndim == 5 else image).flatten(1)
+
+
+def embed(
+    network: torch.nn.Module, images: Dataset, device: torch.device | str = "cpu", batch_size: int = 1
+) -> np.ndarray:
     """Embed images.
 
     Args:
-        encoder: None gives the prepared pixels themselves, the control that every score should be compared with.
+        network: image to vector, such as `Embedder` or `RawPixels`.
         images: samples with "image" as the encoder takes it, such as a MONAI dataset with `transform_of`.
         device: where the encoder runs.
         batch_size: images at a time; more than one only when all have the same number of slices.
 
     Returns:
-        float32, images x embed_dim: the mean of the patch tokens (`Embedder`).
+        float32, images x features.
     """
-    network = torch.nn.Flatten() if encoder is None else Embedder(encoder)
     network = network.to(device).eval()
     loader = DataLoader(images, batch_size=batch_size, collate_fn=_stack)
     with torch.inference_mode():
@@ -85,7 +102,7 @@ def embed_files(
             raise InputError(f"{item['image']}: cannot tell the modality. Give --modality.")
     if not items:
         raise InputError(f"no image found in {', '.join(str(path) for path in paths)}.")
-    vectors = embed(load_encoder(encoder_path), Dataset(items, transform_of(encoder_path)))
+    vectors = embed(Embedder(load_encoder(encoder_path)), Dataset(items, transform_of(encoder_path)))
     with write_atomically(out) as draft, draft.open("wb") as file:
         np.savez(file, files=np.array([item["image"] for item in items]), embeddings=vectors)
     return vectors.shape

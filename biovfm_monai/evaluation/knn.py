@@ -17,8 +17,9 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from biovfm_monai.checkpoints import build_encoder, encoder_info, load_encoder
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.embed import embed, transform_of
+from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.files import write_atomically
+from biovfm_monai.networks import Embedder
 
 __all__ = ["KNNProbe", "knn_accuracy"]
 
@@ -45,7 +46,9 @@ def knn_accuracy(
         InputError: when there are fewer training images than k.
     """
     if len(train) < k:
-        raise InputError(f"kNN with k {k} needs at least as many training images, got {len(train)}. Give a smaller k.")
+        raise InputError(
+            f"kNN with k {k} needs at least as many training images, got {len(train)}. Give a smaller one (--probe#k)."
+        )
     vote = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / _TEMPERATURE))
     model = make_pipeline(StandardScaler(), Normalizer(), vote).fit(train, train_labels)
     return float(model.score(test, test_labels))
@@ -91,12 +94,17 @@ class KNNProbe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             untrained = build_encoder(encoder_info(self.encoder_path))
-        contenders = {"encoder": load_encoder(self.encoder_path), "random_init": untrained, "raw_pixels": None}
+        contenders = {
+            "encoder": Embedder(load_encoder(self.encoder_path)),
+            "random_init": Embedder(untrained),
+            "raw_pixels": RawPixels(untrained.spatial_dims),
+        }
         transform = transform_of(self.encoder_path)
         images = [CacheDataset(items, transform, num_workers=None, progress=False) for items in (self.train, self.test)]
         scores: dict[str, Any] = {}
-        for name, encoder in contenders.items():
-            train, test = (embed(encoder, dataset, self.device, _BATCH) for dataset in images)
+        one_size = len({sample["image"].shape for dataset in images for sample in dataset}) == 1
+        for name, network in contenders.items():
+            train, test = (embed(network, dataset, self.device, _BATCH if one_size else 1) for dataset in images)
             scores[name] = knn_accuracy(train, labels[0], test, labels[1], self.k)
         counts = np.unique(labels[1], return_counts=True)[1]
         scores |= {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks.blocks import Block, init_weights
 from biovfm_monai.networks.masking import take_tokens
 from biovfm_monai.networks.patch_embed import MAX_ANISOTROPY, PatchEmbed, patchify
@@ -29,7 +30,7 @@ class ViT(nn.Module):
         pos_embed: "sincos", fixed, or "learn", a grid made for img_size and resampled for other sizes.
 
     Raises:
-        ValueError: when img_size is no multiple of patch_size, or num_heads does not divide embed_dim.
+        InputError: when img_size is no multiple of patch_size, or num_heads does not divide embed_dim.
     """
 
     num_prefix_tokens = 1
@@ -50,11 +51,11 @@ class ViT(nn.Module):
         dims = len(img_size)
         sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
         if dims not in (2, 3) or len(sizes) != dims or any(n % p for n, p in zip(img_size, sizes, strict=False)):
-            raise ValueError(f"img_size {tuple(img_size)} must be 2 or 3 multiples of patch_size {patch_size}")
+            raise InputError(f"img_size {tuple(img_size)} must be 2 or 3 multiples of patch_size {patch_size}")
         if embed_dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")
+            raise InputError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")
         if pos_embed not in ("sincos", "learn"):
-            raise ValueError(f"pos_embed must be 'sincos' or 'learn', got {pos_embed!r}")
+            raise InputError(f"pos_embed must be 'sincos' or 'learn', got {pos_embed!r}")
         self.arguments: dict[str, Any] = {
             "in_channels": in_channels, "img_size": list(img_size), "patch_size": list(sizes), "embed_dim": embed_dim,
             "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,

@@ -45,10 +45,10 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
     network = distributed.parallel(method, "cpu")
     loader = DataLoader(Numbers(), batch_sampler=GlobalBatchSampler(8, 5, int(accumulation)))
     # SGD: Adam would turn the rounding in gradients that are zero (the keys' biases) into whole steps.
-    optimizer = torch.optim.SGD(parameter_groups(network), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(parameter_groups(network), 0.003, momentum=0.9)
     trainer = PretrainingTrainer(
         "cpu", 2, loader, network, optimizer, prepare_batch=lambda batch, *_, **__: batch,
-        accumulation_steps=int(accumulation), schedules={"lr": WarmupCosine(0.1)},
+        accumulation_steps=int(accumulation), schedules={"lr": WarmupCosine(0.003)},
         train_handlers=[
             StateHandler(f"{out}/state", resume=resume == "resume"), ProgressHandler(f"{out}/log.jsonl", 1),
         ],

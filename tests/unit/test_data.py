@@ -17,7 +17,7 @@ from biovfm_monai.data import (
     read_image,
     training_transform,
 )
-from biovfm_monai.data.modalities.base import SlicesFirstd
+from biovfm_monai.data.modalities.base import Resampled, SlicesFirstd
 from biovfm_monai.errors import InputError
 
 STORED = ["RAS", "LPS", "SPL", "AIR", "PSR", "ILA"]
@@ -149,7 +149,7 @@ def test_resampling_keeps_every_value_at_its_place_in_the_world(tmp_path, axis):
     shape, spacing = (12, 14, 10), (1.0, 1.5, 3.0)
     coordinates = np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij")
     image = read_image(write_nifti(tmp_path / "a.nii.gz", coordinates[axis] + (-7, 11, 30)[axis], spacing))
-    image = SlicesFirstd("image", spacing=(2.0, 2.0, 2.5))({"image": image})["image"]
+    image = Resampled("image", (2.0, 2.0, 2.5))(SlicesFirstd("image")({"image": image}))["image"]
     assert image.pixdim.tolist() == pytest.approx([2.0, 2.0, 2.5])
     index = torch.stack(torch.meshgrid(*map(torch.arange, image.shape[1:]), indexing="ij")).double().flatten(1)
     world = (image.affine[:3, :3] @ index + image.affine[:3, 3:])[axis].view(image.shape[1:])

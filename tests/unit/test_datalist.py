@@ -173,3 +173,18 @@ def test_a_datalist_of_another_form_is_refused(tmp_path, content):
 def test_a_folder_without_datalist_has_no_test_section(tmp_path):
     with pytest.raises(InputError, match="all its images are 'training'"):
         load_datalist(tmp_path, "test")
+
+
+def test_a_folder_with_other_files_is_not_overwritten_by_the_samples(tmp_path):
+    (tmp_path / "mine.png").write_text("precious")
+    with pytest.raises(InputError, match="holds files but no datalist"):
+        write_samples(tmp_path)
+    assert (tmp_path / "mine.png").read_text() == "precious"
+
+
+def test_a_sheared_nifti_has_the_spacing_of_its_header(tmp_path):
+    affine = np.array([[1.0, 0.3, 0, 0], [0, 2.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1]])
+    (tmp_path / "mri").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), affine), tmp_path / "mri/a.nii.gz")
+    (item,) = find_images(tmp_path)
+    assert item["spacing"] == pytest.approx(np.linalg.norm(affine[:3, :3], axis=0), rel=1e-5)

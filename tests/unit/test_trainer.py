@@ -244,4 +244,37 @@ def test_progress_reports_loss_rate_speed_and_waiting(tmp_path):
         assert line["images_per_second"] > 0
         assert 0 <= line["data_wait"] <= 1
         assert line["learning_rate"] == 0.1
-    assert engine.state.metrics["loss"] == lines[-1]["loss"]
+    assert engine.state.metrics["mean_loss"] == lines[-1]["loss"]
+
+
+def test_resuming_with_another_batch_size_is_refused(tmp_path):
+    run_epochs(tmp_path, 1, 2, False)
+    method = mae()
+    engine = trainer(
+        method, 2, batch=8, optimizer=torch.optim.AdamW(parameter_groups(method)),
+        train_handlers=[StateHandler(tmp_path, resume=True)],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="another batch_size"):
+        engine.run()
+
+
+def test_resuming_with_other_accumulation_steps_keeps_its_place(tmp_path):
+    run_epochs(tmp_path, 1, 2, False)
+    method, steps = mae(), []
+    engine = trainer(
+        method, 2, accumulation=2, optimizer=torch.optim.AdamW(parameter_groups(method)),
+        train_handlers=[StateHandler(tmp_path, resume=True)],
+    )  # fmt: skip
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: steps.append((e.step, e.samples_seen)))
+    engine.run()
+    assert steps[0] == (3, 12)
+    assert steps[-1] == (6, 24)
+
+
+def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_lost(tmp_path):
+    run_epochs(tmp_path, 2, 2, False)
+    for name in ("latest.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(InputError, match="no state in it can be read"):
+        run_epochs(tmp_path, 2, 2, True)
+    assert len(list(tmp_path.glob("*.damaged"))) == 2

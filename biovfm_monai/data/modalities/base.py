@@ -20,7 +20,7 @@ from monai.transforms import (
     Transform,
 )
 
-__all__ = ["EightBitd", "ShrinkInPlaned", "SlicesFirstd", "geometry"]
+__all__ = ["EightBitd", "Resampled", "ShrinkInPlaned", "SlicesFirstd", "geometry"]
 
 # Which way the depth, height and width of a slice stack run: as a radiologist looks at axial, coronal, sagittal slices.
 _VIEWS = {"S": "SPL", "I": "SPL", "A": "PIL", "P": "PIL", "R": "LIP", "L": "LIP"}
@@ -32,15 +32,10 @@ class SlicesFirstd(MapTransform):
 
     The slices lie along the axis of size one, else along one whose spacing is 1.5 times the others', else along the
     body axis. An image without depth gets depth 1.
-
-    Args:
-        keys: what to turn.
-        spacing: resample to these millimetres (depth, height, width); None keeps the grid.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None = None) -> None:
+    def __init__(self, keys: KeysCollection) -> None:
         super().__init__(keys)
-        self.resample = None if spacing is None else Spacing(pixdim=spacing, mode="bilinear")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Turn one sample's images."""
@@ -53,7 +48,7 @@ class SlicesFirstd(MapTransform):
             image = Orientation(
                 axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S"))
             )(image)
-            sample[key] = image if self.resample is None else self.resample(image)
+            sample[key] = image
         return sample
 
     @staticmethod
@@ -67,6 +62,25 @@ class SlicesFirstd(MapTransform):
         if spacing[thick] > _THICK * np.delete(spacing, thick).max():
             return str(directions[thick])
         return "S"
+
+
+class Resampled(MapTransform):
+    """Resample volumes, slices first, to a spacing in mm (depth, height, width); 2D images have none and stay.
+
+    MONAI's own dictionary transform fails on samples with keys such as "image_id".
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
+        super().__init__(keys)
+        self.resample = Spacing(pixdim=spacing, mode="bilinear")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            if sample[key].shape[1] > 1:
+                sample[key] = self.resample(sample[key])
+        return sample
 
 
 class ShrinkInPlaned(MapTransform):
@@ -110,5 +124,6 @@ class EightBitd(MapTransform):
 
 
 def geometry(keys: KeysCollection, spacing: Sequence[float] | None, intensity: Transform) -> Compose:
-    """A preset: slices first, optional resampling, then the modality's intensity rule, then the size limit."""
-    return Compose([SlicesFirstd(keys, spacing), intensity, ShrinkInPlaned(keys)])
+    """A preset: slices first, the modality's intensity rule, resampling if asked for, then the size limit."""
+    resample = [] if spacing is None else [Resampled(keys, spacing)]
+    return Compose([SlicesFirstd(keys), intensity, *resample, ShrinkInPlaned(keys)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monai.config import KeysCollection
-from monai.transforms import CastToTyped, Compose, ScaleIntensityRanged
+from monai.transforms import Compose, ScaleIntensityRange
 
-from biovfm_monai.data.modalities.base import geometry
+from biovfm_monai.data.modalities.base import EightBitd, geometry
 
 __all__ = ["ct"]
 
@@ -15,6 +15,8 @@ __all__ = ["ct"]
 def ct(
     keys: KeysCollection, spacing: Sequence[float] | None = None, window: tuple[float, float] = (-1000.0, 1000.0)
 ) -> Compose:
-    """Hounsfield units within `window` (from air to dense bone) to [0, 1], clipped; C x depth x height x width."""
-    scale = ScaleIntensityRanged(keys, *window, 0.0, 1.0, clip=True)
-    return geometry(keys, spacing, Compose([CastToTyped(keys), scale]))
+    """Hounsfield units within `window` (from air to dense bone) to [0, 1], clipped; C x depth x height x width.
+
+    8-bit images hold no Hounsfield units and are divided by 255.
+    """
+    return geometry(keys, spacing, EightBitd(keys, ScaleIntensityRange(*window, 0.0, 1.0, clip=True)))
