@@ -76,7 +76,7 @@ def test_model_pt_holds_the_encoders_weights_and_opens_without_unpickling(traine
 
 def test_tensorboard_has_the_loss_and_the_reconstruction(trained):
     events = EventAccumulator(str(trained / "eval/tensorboard")).Reload()
-    assert {"loss", "images_per_second"} <= set(events.Tags()["scalars"])
+    assert {"mean_loss", "images_per_second"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["reconstruction"]
 
 
@@ -86,7 +86,7 @@ def test_tracking_writes_to_mlflow(trained):
 
     client = mlflow.MlflowClient(f"sqlite:///{trained / 'eval/mlruns.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("monai_experiment").experiment_id])
-    assert run.data.metrics["loss"] > 0
+    assert run.data.metrics["train_loss"] > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
