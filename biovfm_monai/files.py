@@ -10,13 +10,6 @@ from pathlib import Path
 __all__ = ["write_atomically"]
 
 
-def _ordinary_mode() -> int:
-    """What a newly made file may be read by; some libraries write theirs for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 @contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; when the block succeeds, its content takes the place of `path` in one step.
@@ -26,11 +19,15 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    draft.touch()
+    # Some libraries make their files anew, readable by the owner alone.
+    mode = draft.stat().st_mode
     try:
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        draft.chmod(_ordinary_mode())
+        draft.chmod(mode)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biovfm_monai.errors import InputError
+
 __all__ = ["RandomResizedCrop"]
 
 
@@ -69,9 +71,17 @@ class RandomResizedCrop:
         return torch.eye(dims, dims + 1).expand(batch_size, -1, -1)
 
     def apply(self, image: Tensor, maps: Tensor) -> Tensor:
-        """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32."""
+        """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32.
+
+        Raises:
+            InputError: when a crop of several slices is to become a 2D view.
+        """
         image = image.float()
         if len(self.img_size) == 2:
+            if image.shape[2] != 1:
+                raise InputError(
+                    f"crops of {image.shape[2]} slices do not make 2D views. Give --img_size three numbers too."
+                )
             image = image[:, :, 0]
         grid = F.affine_grid(maps, [image.shape[0], 1, *self.img_size], align_corners=False)
         view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -50,7 +50,7 @@ class ViT(nn.Module):
         super().__init__()
         dims = len(img_size)
         sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
-        if dims not in (2, 3) or len(sizes) != dims or any(n % p for n, p in zip(img_size, sizes, strict=False)):
+        if dims not in (2, 3) or len(sizes) != dims or any(n % p for n, p in zip(img_size, sizes, strict=True)):
             raise InputError(f"img_size {tuple(img_size)} must be 2 or 3 multiples of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise InputError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")

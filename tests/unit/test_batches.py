@@ -189,3 +189,9 @@ def test_as_prepare_batch_a_view_changes_the_image_only():
     views = RandomResizedCrop((4, 6))(batch, torch.device("cpu"), non_blocking=True, extra=None)
     assert views["image"].shape == (2, 1, 4, 6)
     assert {k: v is batch[k] for k, v in views.items()} == {"image": False, "modality": True, "label": True}
+
+
+def test_a_crop_of_several_slices_is_no_2d_view():
+    view = RandomResizedCrop((8, 8))
+    with pytest.raises(InputError, match=r"4 slices.*--img_size"):
+        view.apply(torch.zeros(1, 1, 4, 8, 8), view.still(1))
