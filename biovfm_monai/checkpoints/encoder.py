@@ -75,23 +75,24 @@ def encoder_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
-def build_encoder(info: Mapping[str, Any]) -> ViT:
-    """The network that a header describes, with freshly initialised weights.
+def build_encoder(path: str | Path) -> ViT:
+    """The network that an encoder file's header describes, with freshly initialised weights.
 
     Raises:
-        InputError: when the header names a network this version does not have, or arguments it does not take.
+        InputError: as `encoder_info`, or when the header names a network this version does not have, or arguments it
+            does not take.
     """
-    arguments = dict(info["network"])
+    arguments = dict(encoder_info(path)["network"])
     target = str(arguments.pop("_target_"))
     name = target.removeprefix(_PREFIX)
     network = getattr(networks, name, None) if name in networks.__all__ else None
     if not (target.startswith(_PREFIX) and isinstance(network, type) and issubclass(network, ViT)):
-        raise InputError(f"the encoder file asks for {target}, which this version does not have. Update biovfm-monai.")
+        raise InputError(f"{path}: asks for {target}, which this version does not have. Update biovfm-monai.")
     try:
         encoder = network(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"the encoder file has arguments that {target} does not take ({error}). Update biovfm-monai."
+            f"{path}: has arguments that {target} does not take ({error}). Update biovfm-monai."
         ) from error
     return encoder
 
@@ -100,10 +101,10 @@ def load_encoder(path: str | Path) -> ViT:
     """Rebuild an encoder with its weights, in eval mode on the CPU.
 
     Raises:
-        InputError: as `encoder_info` and `build_encoder`, or when the weights do not fit the network that the header
+        InputError: as `build_encoder`, or when the weights do not fit the network that the header
             describes: every missing, unexpected or differently shaped key is listed.
     """
-    encoder = build_encoder(encoder_info(path))
+    encoder = build_encoder(path)
     with safe_open(Path(path), framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}

@@ -57,31 +57,28 @@ def load_datalist(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")
     if (folder / DATALIST).is_file():
-        items = _read_section(folder, section)
+        items = _with_modality(_read_section(folder, section), modality)
     elif section == "training":
-        items = find_images(folder)
+        items = find_images(folder, modality)
     else:
         raise InputError(f"{folder}: without {DATALIST} all its images are 'training'. Write one to have {section!r}.")
     if not items:
         raise InputError(f"{folder}: no image found for {section!r}. Supported: {_endings()}.")
-    for item in items:
-        item["modality"] = modality or item.get("modality")
-        if item["modality"] is None:
-            raise InputError(
-                f"{item['image']}: cannot tell the modality. Put the file into a folder named after it "
-                f"({', '.join(modalities.__all__)}), or give one --modality for all files."
-            )
     return items
 
 
-def find_images(folder: str | Path) -> list[dict[str, Any]]:
+def find_images(folder: str | Path, modality: str | None = None) -> list[dict[str, Any]]:
     """Describe every image below a folder, or one file; a folder of DICOM slices of one series is one image.
 
     Only headers are read. Modality and patient come from a DICOM header (the patient's identifier is hashed), the
     modality else from the nearest enclosing folder that is named after one, the spacing in mm from the header.
 
+    Args:
+        folder: what is looked through.
+        modality: modality of every image, whatever headers and folders say.
+
     Raises:
-        InputError: when a header cannot be read, or slices of several series share a folder.
+        InputError: when a header cannot be read, an image has no modality, or slices of several series share a folder.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.exists():
@@ -95,6 +92,17 @@ def find_images(folder: str | Path) -> list[dict[str, Any]]:
         items += _describe_dicom(parent, slices, folder)
     if ignored:
         logger.info("%s: left out %d file(s) that are no image by their ending", folder, ignored)
+    return _with_modality(items, modality)
+
+
+def _with_modality(items: list[dict[str, Any]], modality: str | None) -> list[dict[str, Any]]:
+    for item in items:
+        item["modality"] = modality or item.get("modality")
+        if item["modality"] is None:
+            raise InputError(
+                f"{item['image']}: cannot tell the modality. Put the file into a folder named after it "
+                f"({', '.join(modalities.__all__)}), or give one --modality for all files."
+            )
     return items
 
 

@@ -149,13 +149,18 @@ def training_transform(
 
 
 def encoder_transform(
-    in_channels: int, img_size: Sequence[int], mean: float, std: float, keys: KeysCollection = ("image",)
+    in_channels: int,
+    img_size: Sequence[int],
+    mean: float,
+    std: float,
+    spacing: Sequence[float] | None = None,
+    keys: KeysCollection = ("image",),
 ) -> Compose:
     """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W."""
     return Compose(
         [
             ReadImaged(keys),
-            ByModalityd(keys),
+            ByModalityd(keys, spacing),
             MatchChannelsd(keys, in_channels),
             FitSized(keys, img_size),
             _Normalised(keys, mean, std),

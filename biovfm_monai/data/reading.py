@@ -43,6 +43,13 @@ def _reader(path: Path) -> ImageReader:
     return ITKReader()
 
 
+def _refuse_pages(path: Path) -> None:
+    with Image.open(path) as image:
+        pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise InputError(f"{path}: holds {pages} pages, of which only the first would be read. Save each as a file.")
+
+
 def read_image(path: str | Path) -> MetaTensor:
     """Read an image file, or a folder that holds one DICOM series.
 
@@ -50,14 +57,18 @@ def read_image(path: str | Path) -> MetaTensor:
         C x X x Y (x Z), as stored: uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres.
 
     Raises:
-        InputError: when the file is missing, cannot be decoded, or holds a value that is not finite.
+        InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file. Correct the path in the datalist.")
     reader = _reader(path)
     try:
+        if suffix(path) in PHOTO:
+            _refuse_pages(path)
         array, meta = reader.get_data(reader.read(str(path)))
+    except (MemoryError, InputError):
+        raise
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise InputError(

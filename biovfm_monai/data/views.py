@@ -22,8 +22,9 @@ class RandomResizedCrop:
 
     Args:
         img_size: (height, width) or (depth, height, width) of the views.
-        scale: share of the area (volume) of the source that a view shows, drawn uniformly in between.
-        ratio: height over width, drawn log-uniformly in between; volumes keep their proportions.
+        scale: share of the area (volume) that a view shows, drawn uniformly in between; 1 is the largest box of the
+            view's proportions that the source holds.
+        ratio: stretching of height over width, drawn log-uniformly in between; volumes keep their proportions.
         flip: probability of a left-right flip.
         rotation: largest in-plane turn in degrees, drawn uniformly up to it in both directions; 0 for images whose
             upright position means something. What a turned view shows beyond the source is its mirror image.
@@ -44,31 +45,51 @@ class RandomResizedCrop:
         self.scale, self.ratio, self.flip, self.rotation = scale, ratio, flip, rotation
         self.mean, self.std = mean, std
 
-    def draw(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-        """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)): batch_size x dims x (dims + 1)."""
-        dims = len(self.img_size)
+    def draw(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)), one per image of a batch.
+
+        Args:
+            image: B x C x D x H x W, whose size, number and device count; voxels are as high as they are wide.
+            generator: source of randomness on that device; None for torch's own.
+
+        Returns:
+            B x dims x (dims + 1).
+        """
+        dims, batch_size = len(self.img_size), image.shape[0]
 
         def uniform(low: float, high: float, *size: int) -> Tensor:
-            return low + (high - low) * torch.rand(batch_size, *size, device=device, generator=generator)
+            return low + (high - low) * torch.rand(batch_size, *size, device=image.device, generator=generator)
 
-        side = uniform(self.scale[0], self.scale[1]) ** (1 / dims)
-        sides = side[:, None].expand(-1, dims).clone()
+        source, largest = self._source(image), self._largest(image)
+        extent = uniform(self.scale[0], self.scale[1])[:, None] ** (1 / dims) * largest
         if dims == 2:
-            aspect = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).exp().sqrt()
-            sides = torch.stack([side / aspect, side * aspect], dim=1).clamp(max=1.0)
-        centre = uniform(-1.0, 1.0, dims) * (1 - sides)
-        sides[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
-        matrix = torch.diag_embed(sides)
+            stretch = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).mul(0.5).exp()
+            extent = torch.minimum(extent * torch.stack([1 / stretch, stretch], dim=1), source)
+        centre = uniform(-1.0, 1.0, dims) * (1 - extent / source)
+        extent[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
+        matrix = torch.diag_embed(extent)
         if self.rotation:
             angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
             turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
             matrix[:, :2] = turn @ matrix[:, :2]
-        return torch.cat([matrix, centre[..., None]], dim=2)
+        return torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
 
-    def still(self, batch_size: int) -> Tensor:
-        """Maps, as from `draw`, that show the whole source as it is."""
+    def still(self, image: Tensor) -> Tensor:
+        """Maps, as from `draw`, to the largest view from the middle of each image, upright and not mirrored."""
         dims = len(self.img_size)
-        return torch.eye(dims, dims + 1).expand(batch_size, -1, -1)
+        matrix = torch.diag(self._largest(image) / self._source(image))
+        return torch.cat([matrix, matrix.new_zeros(dims, 1)], dim=1).expand(image.shape[0], -1, -1)
+
+    def _source(self, image: Tensor) -> Tensor:
+        """Voxels of a batch's images along x, y(, z)."""
+        size = image.shape[-len(self.img_size) :]
+        return torch.tensor(size[::-1], dtype=torch.float32, device=image.device)
+
+    def _largest(self, image: Tensor) -> Tensor:
+        """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels."""
+        size = image.shape[-len(self.img_size) :]
+        ratio = min(n / v for n, v in zip(size, self.img_size, strict=True))
+        return torch.tensor([ratio * v for v in self.img_size[::-1]], device=image.device)
 
     def apply(self, image: Tensor, maps: Tensor) -> Tensor:
         """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32.
@@ -92,4 +113,4 @@ class RandomResizedCrop:
     ) -> dict[str, Any]:
         """Move a batch to the device and make its views; everything but "image" stays as it is."""
         image = batch["image"].to(device, non_blocking=non_blocking)
-        return {**batch, "image": self.apply(image, self.draw(image.shape[0], image.device))}
+        return {**batch, "image": self.apply(image, self.draw(image))}

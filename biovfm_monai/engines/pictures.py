@@ -79,7 +79,7 @@ class ReconstructionHandler:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
             crops = torch.stack([s["image"] for s in samples]).to(engine.state.device)
-            image = self.views.apply(crops, self.views.still(len(samples)).to(crops.device))
+            image = self.views.apply(crops, self.views.still(crops))
             self.method.eval()
             masked, filled = self.method.reconstruct({"image": image})
         columns = [_middle_slice(t * self.views.std + self.views.mean) for t in (_as_volume(image), masked, filled)]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.files import write_atomically
 
 __all__ = ["ProgressHandler"]
 
@@ -27,7 +28,7 @@ class ProgressHandler:
     `engine.state.metrics` on every process; the main process shows and writes them.
 
     Args:
-        log_path: JSON-lines file, started anew unless the run resumes; None for no file.
+        log_path: JSON-lines file; what it holds beyond the step a run starts from is dropped. None for no file.
         interval: optimizer steps per line; the first step has a line of its own.
     """
 
@@ -51,9 +52,9 @@ class ProgressHandler:
         self._reset(engine)
         if not distributed.is_main():
             return
-        if self.log_path is not None and engine.step == 0:
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_text("", encoding="utf-8")
+        if self.log_path is not None:
+            with write_atomically(self.log_path) as draft:
+                draft.write_text("".join(_lines_up_to(engine.step, self.log_path)), encoding="utf-8")
         # disable=None: no bar where standard error is no terminal.
         self._bar = tqdm(total=engine.total_steps, initial=engine.step, unit="step", disable=None)
 
@@ -115,3 +116,9 @@ class ProgressHandler:
             self._bar.close()
         if error is not None:
             raise error
+
+
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    """Lines of the log whose step is done; a killed run may have left later ones, and half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

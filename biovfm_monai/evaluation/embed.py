@@ -33,7 +33,10 @@ def transform_of(encoder_path: str | Path) -> Compose:
         raise InputError(
             f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. Save it with preprocessing=."
         )
-    return encoder_transform(network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"])
+    return encoder_transform(
+        network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"],
+        preprocessing.get("spacing"),
+    )  # fmt: skip
 
 
 class RawPixels(torch.nn.Module):
@@ -95,11 +98,7 @@ def embed_files(
     Raises:
         InputError: when a file cannot be used, or its modality is not known.
     """
-    items = [item for path in paths for item in find_images(path)]
-    for item in items:
-        item["modality"] = modality or item["modality"]
-        if item["modality"] is None:
-            raise InputError(f"{item['image']}: cannot tell the modality. Give --modality.")
+    items = [item for path in paths for item in find_images(path, modality)]
     if not items:
         raise InputError(f"no image found in {', '.join(str(path) for path in paths)}.")
     vectors = embed(Embedder(load_encoder(encoder_path)), Dataset(items, transform_of(encoder_path)))

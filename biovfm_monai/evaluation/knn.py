@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from biovfm_monai.checkpoints import build_encoder, encoder_info, load_encoder
+from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.files import write_atomically
@@ -93,7 +93,7 @@ class KNNProbe:
         labels = [[item["label"] for item in items] for items in (self.train, self.test)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            untrained = build_encoder(encoder_info(self.encoder_path))
+            untrained = build_encoder(self.encoder_path)
         contenders = {
             "encoder": Embedder(load_encoder(self.encoder_path)),
             "random_init": Embedder(untrained),

@@ -103,7 +103,7 @@ class MAE(SSLMethod):
         positions = self.encoder.positions(grid_size, patches.device)
         visible = self.decoder_embed(self.encoder.embed_patches(patches, positions, anisotropy, keep))
         width = visible.shape[2]
-        table = sincos_positions(grid_size, width, self.encoder.spatial_dims).to(visible)
+        table = sincos_positions(grid_size, width, self.encoder.spatial_dims, visible.device).to(visible.dtype)
         x = torch.cat(
             [visible[:, :1], visible[:, 1:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1
         )

@@ -112,7 +112,7 @@ class ViT(nn.Module):
     def positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor:
         """Positions of a grid of tokens: 1 x L x embed_dim."""
         if self.pos_embed is None:
-            return sincos_positions(grid_size, self.embed_dim, self.spatial_dims).to(device)[None]
+            return sincos_positions(grid_size, self.embed_dim, self.spatial_dims, device)[None]
         grid: Tensor = self.pos_embed
         if grid_size != self._grid:
             grid = F.interpolate(grid, size=grid_size, mode="trilinear", align_corners=False)

@@ -19,22 +19,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from biovfm_monai import quickstart
 from biovfm_monai.checkpoints import encoder_info, load_encoder
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import Embedder
+from biovfm_monai.networks import Embedder, vit_small
 from biovfm_monai.shipped import copy_bundle
 
 pytestmark = pytest.mark.xdist_group("bundle")
-
-OVERLAY = f"{ROOT}/configs/smoke.json"
 
 
 def monai(*arguments, cwd, prefix=("-m",)):
     """Run `python -m monai.bundle ...` and return the finished process."""
     command = [sys.executable, *prefix, "monai.bundle", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    # torchrun leaves a folder in TMPDIR behind.
+    env = {**os.environ, "TMPDIR": str(cwd)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
-def train(root, *overrides, cwd, prefix=("-m",)):
-    configs = f"['{root}/configs/train.json','{OVERLAY}']"
+def train(root, *overrides, cwd, prefix=("-m",), overlay="smoke"):
+    configs = f"['{root}/configs/train.json','{ROOT}/configs/{overlay}.json']"
     return monai("run", "--config_file", configs, "--bundle_root", root, *overrides, cwd=cwd, prefix=prefix)
 
 
@@ -169,11 +169,18 @@ def test_volumes_are_trained_on_with_three_numbers(trained, tmp_path, samples):
     assert load_encoder(tmp_path / "models/encoder.safetensors").spatial_dims == 3
 
 
+def test_the_overlay_of_the_published_small_model_trains(trained, tmp_path):
+    sizes = ("--max_epochs", "1", "--steps_per_epoch", "1", "--batch_size", "2")
+    places = ("--output_dir", tmp_path / "eval", "--ckpt_dir", tmp_path / "models")
+    done = train(trained, *sizes, *places, cwd=tmp_path, overlay="vit_small")
+    assert done.returncode == 0, done.stderr
+    encoder = load_encoder(tmp_path / "models/encoder.safetensors")
+    assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in vit_small().parameters())
+
+
 def run_in_process(root, **overrides):
-    workflow = ConfigWorkflow(
-        [str(root / "configs/train.json"), OVERLAY], workflow_type="train", logging_file=False, bundle_root=str(root),
-        **overrides,
-    )  # fmt: skip
+    configs = [str(root / "configs/train.json"), f"{ROOT}/configs/smoke.json"]
+    workflow = ConfigWorkflow(configs, workflow_type="train", logging_file=False, bundle_root=str(root), **overrides)
     workflow.initialize()
     workflow.run()
 

@@ -12,22 +12,30 @@ import torch
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+SAMPLES = """
+import sys
+from biovfm_monai import data, distributed
+distributed.initialize()
+folder = data.write_samples(sys.argv[1])
+print(len(data.load_datalist(folder)), "items")
+distributed.finalize()
+"""
+
+
+def call(command, out):
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def launch(processes, out, accumulation=1, epochs=2, resume="anew"):
     out.mkdir(exist_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [
-        sys.executable,
-        *(torchrun if processes > 1 else []),
-        SCRIPT,
-        str(out),
-        str(accumulation),
-        str(epochs),
-        resume,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    launcher = [*TORCHRUN, processes] if processes > 1 else [sys.executable]
+    call([*launcher, SCRIPT, out, accumulation, epochs, resume], out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -57,3 +65,10 @@ def test_a_run_stopped_on_one_process_goes_on_with_two(alone, tmp_path):
     assert begun["numbers"] + sorted(first["numbers"] + second["numbers"]) == list(range(80))
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
     assert len(losses(tmp_path)) == 10
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_find_the_samples_that_the_first_one_writes(tmp_path):
+    printed = call([*TORCHRUN, 2, "--no-python", sys.executable, "-c", SAMPLES, tmp_path / "samples"], tmp_path)
+    assert printed.count("17 items") == 2, printed
+    assert not list(tmp_path.glob(".samples*"))

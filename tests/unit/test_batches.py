@@ -114,7 +114,7 @@ def source(size, batch=2):
 @pytest.mark.parametrize("size", SIZES)
 def test_still_maps_give_the_source_back(size):
     view, image = raw_view(size), source(size)
-    torch.testing.assert_close(view.apply(image.half(), view.still(2)).reshape(image.shape), image.half().float())
+    torch.testing.assert_close(view.apply(image.half(), view.still(image)).reshape(image.shape), image.half().float())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -132,54 +132,79 @@ def test_a_map_of_half_the_sides_shows_exactly_its_corner(size, corner):
 def test_a_flip_mirrors_the_width_and_nothing_else(size):
     view, image = raw_view(size, scale=(1, 1), ratio=(1, 1), flip=1.0), source(size)
     expected = image.view(2, 1, *size).flip(-1)
-    torch.testing.assert_close(view.apply(image, view.draw(2, "cpu")), expected)
+    torch.testing.assert_close(view.apply(image, view.draw(image)), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_view_is_normalised_by_mean_and_deviation(size):
     image, views = source(size), [raw_view(size), RandomResizedCrop(size, mean=0.2, std=0.4)]
-    raw, normalised = (view.apply(image, view.still(2)) for view in views)
+    raw, normalised = (view.apply(image, view.still(image)) for view in views)
     torch.testing.assert_close(normalised, (raw - 0.2) / 0.4)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(SIZES), st.floats(0.05, 1), st.floats(0.05, 1), st.floats(1, 3), st.integers(0, 2**31))
-def test_drawn_views_lie_inside_the_source(size, a, b, ratio, seed):
+@given(
+    st.sampled_from([*((s, s) for s in SIZES), ((8, 8), (20, 9)), ((8, 8, 8), (6, 30, 17))]),
+    st.floats(0.05, 1), st.floats(0.05, 1), st.floats(1, 3), st.integers(0, 2**31),
+)  # fmt: skip
+def test_drawn_views_lie_inside_the_source(sizes, a, b, ratio, seed):
+    size, sourced = sizes
     view = RandomResizedCrop(size, scale=(min(a, b), max(a, b)), ratio=(1 / ratio, ratio))
-    maps = view.draw(64, "cpu", torch.Generator().manual_seed(seed))
+    maps = view.draw(source(sourced, 64), torch.Generator().manual_seed(seed))
     reach = maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()
     assert reach.max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_share_shown_fills_the_stated_range(size):
-    share = RandomResizedCrop(size, scale=(0.2, 0.5)).draw(2000, "cpu")[:, :, :-1].det().abs()
+    share = RandomResizedCrop(size, scale=(0.2, 0.5)).draw(source(size, 2000))[:, :, :-1].det().abs()
     assert 0.2 - 1e-5 <= share.min() < 0.21
     assert 0.49 < share.max() <= 0.5 + 1e-5
     assert abs(share.mean() - 0.35) < 0.01
 
 
 def test_the_height_of_2d_views_over_their_width_fills_the_stated_range():
-    maps = RandomResizedCrop((8, 8), scale=(0.1, 0.2), ratio=(1.0, 4.0)).draw(2000, "cpu").abs()
+    maps = RandomResizedCrop((8, 8), scale=(0.1, 0.2), ratio=(1.0, 4.0)).draw(source((8, 8), 2000)).abs()
     aspect = (maps[:, 1, 1] / maps[:, 0, 0]).log2()
     assert -1e-5 <= aspect.min() < 0.05
     assert 1.95 < aspect.max() <= 2 + 1e-5
 
 
 def test_volumes_keep_their_proportions():
-    sides = RandomResizedCrop((8, 8, 8)).draw(100, "cpu")[:, :, :-1].abs().diagonal(dim1=1, dim2=2)
+    sides = RandomResizedCrop((8, 8, 8)).draw(source((8, 8, 8), 100))[:, :, :-1].abs().diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(sides, sides[:, :1].expand(-1, 3))
+
+
+@pytest.mark.parametrize(("size", "wide"), [((8, 8), (10, 30)), ((8, 4), (10, 30)), ((4, 8, 8), (9, 10, 30))])
+def test_views_of_an_oblong_source_are_turned_and_zoomed_but_not_sheared_or_stretched(size, wide):
+    image = source(wide, 200)
+    maps = RandomResizedCrop(size, ratio=(1, 1), rotation=180.0).draw(image)[:, :, :-1]
+    view, voxels = (torch.tensor(s[::-1], dtype=torch.float32) for s in (size, wide))
+    zoomed = maps * voxels[:, None] / view
+    zoom = zoomed.det().abs() ** (1 / len(size))
+    turn = zoomed / zoom[:, None, None]
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(len(size)).expand_as(turn), atol=1e-5, rtol=0)
+    assert turn[:, 0, 1].abs().max() > 0.99
+    largest = min(n / v for n, v in zip(wide, size, strict=True))
+    assert 0.2 ** (1 / len(size)) * largest - 1e-4 <= zoom.min() < zoom.max() <= largest + 1e-4
+
+
+def test_a_still_view_of_an_oblong_source_is_its_middle():
+    image = source((4, 10))
+    view = raw_view((4, 4))
+    torch.testing.assert_close(view.apply(image, view.still(image)), image[:, :, 0, :, 3:7])
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("flip", [0.0, 0.3, 1.0])
 def test_flips_happen_with_the_stated_probability(size, flip):
-    flipped = RandomResizedCrop(size, flip=flip).draw(4000, "cpu")[:, :, :-1].det() < 0
+    flipped = RandomResizedCrop(size, flip=flip).draw(source(size, 4000))[:, :, :-1].det() < 0
     assert abs(flipped.float().mean() - flip) < 0.03
 
 
 def test_drawn_maps_follow_their_generator_and_differ_within_a_batch():
-    first, again = (RandomResizedCrop((8, 8)).draw(3, "cpu", torch.Generator().manual_seed(1)) for _ in range(2))
+    image = source((8, 8), 3)
+    first, again = (RandomResizedCrop((8, 8)).draw(image, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1])
 
@@ -194,4 +219,4 @@ def test_as_prepare_batch_a_view_changes_the_image_only():
 def test_a_crop_of_several_slices_is_no_2d_view():
     view = RandomResizedCrop((8, 8))
     with pytest.raises(InputError, match=r"4 slices.*--img_size"):
-        view.apply(torch.zeros(1, 1, 4, 8, 8), view.still(1))
+        view.apply(torch.zeros(1, 1, 4, 8, 8), view.still(torch.zeros(1, 1, 4, 8, 8)))

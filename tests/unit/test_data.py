@@ -57,6 +57,22 @@ def test_a_bad_file_is_refused_with_its_name_and_a_remedy(tmp_path, name):
         read_image(tmp_path / name)
 
 
+def test_a_photo_of_several_pages_is_refused_since_all_but_the_first_would_be_lost(tmp_path):
+    pages = [Image.new("L", (8, 8), value) for value in (1, 2, 3)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match=r"stack\.tif: holds 3 pages.*Save each"):
+        read_image(tmp_path / "stack.tif")
+
+
+def test_running_out_of_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("monai.data.PILReader.read", exhausted)
+    with pytest.raises(MemoryError):
+        read_image(write_png(tmp_path / "a.png", np.zeros((8, 8), np.uint8)))
+
+
 def test_rows_and_colours_of_a_photo_stay_where_they_are(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     image = preset("pathology", write_png(tmp_path / "a.png", colours))

@@ -52,18 +52,21 @@ def test_the_modality_is_the_nearest_folders_unless_one_is_given_for_all(tmp_pat
     assert [item["modality"] for item in load_datalist(tmp_path, modality=override)] == [expected]
 
 
-@pytest.mark.parametrize(("dataset_dir", "expected"), [("x/ct", "ct"), ("ct/x", None)])
-def test_the_dataset_folders_own_name_tells_the_modality_but_none_above_it(tmp_path, dataset_dir, expected):
-    (tmp_path / dataset_dir / "y").mkdir(parents=True)
-    write_png(tmp_path / dataset_dir / "y/a.png", np.eye(4, dtype=np.uint8))
-    assert [item["modality"] for item in find_images(tmp_path / dataset_dir)] == [expected]
+def test_the_dataset_folders_own_name_tells_the_modality_but_none_above_it(tmp_path):
+    for dataset_dir in ("x/ct", "ct/x"):
+        (tmp_path / dataset_dir / "y").mkdir(parents=True)
+        write_png(tmp_path / dataset_dir / "y/a.png", np.eye(4, dtype=np.uint8))
+    assert [item["modality"] for item in find_images(tmp_path / "x/ct")] == ["ct"]
+    with pytest.raises(InputError, match=r"a\.png: cannot tell the modality.*--modality"):
+        find_images(tmp_path / "ct/x")
 
 
 def test_hidden_files_and_folders_and_files_that_are_no_image_are_left_out(tmp_path):
     for name in ("a.png", "._a.png", ".cache/b.png", "notes.txt", "x/c.PNG"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_png(tmp_path / name, np.eye(4, dtype=np.uint8), format="png")
-    assert [item["image"] for item in find_images(tmp_path)] == [str(tmp_path / "a.png"), str(tmp_path / "x/c.PNG")]
+    found = [item["image"] for item in find_images(tmp_path, "ct")]
+    assert found == [str(tmp_path / "a.png"), str(tmp_path / "x/c.PNG")]
 
 
 @pytest.fixture

@@ -178,9 +178,14 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, caplog):
     run_epochs(tmp_path, 3, 4, False)
     latest = tmp_path / "latest.pt"
     latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
     run_epochs(tmp_path, 4, 4, True)
     assert "latest.pt is damaged" in caplog.text
     assert torch.load(latest, weights_only=True)["epoch"] == 4
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    assert len(steps) > 4
+    assert steps == sorted(set(steps))
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
