@@ -5,10 +5,10 @@ Format of the file: https://github.com/Project-MONAI/tutorials/blob/main/auto3ds
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import nibabel as nib
 import pydicom
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from biovfm_monai.data import modalities
+from biovfm_monai.data.dicom import DICOM, is_dicom, is_stack, read_header, sorted_slices
 from biovfm_monai.data.reading import NIFTI, PHOTO, suffix
 from biovfm_monai.errors import InputError
 
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 DATALIST = "datalist.json"
 """Name of the file that, in a dataset folder, takes precedence over looking for images."""
 
+_PLACE = "ImagePositionPatient"
 _VOLUME = (".nrrd", ".mha", ".mhd")
-_DICOM = (".dcm", ".dicom", ".ima")
 _MODALITY = {
     "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "MG": "mammography", "US": "ultrasound",
     "SM": "pathology", "GM": "microscopy", "OP": "fundus", "OPT": "oct", "XC": "dermoscopy", "ES": "endoscopy",
@@ -68,10 +70,11 @@ def load_datalist(
 
 
 def find_images(folder: str | Path, modality: str | None = None) -> list[dict[str, Any]]:
-    """Describe every image below a folder, or one file; a folder of DICOM slices of one series is one image.
+    """Describe every image below a folder, or one file; DICOM files in one folder that are a volume's slices are one.
 
-    Only headers are read. Modality and patient come from a DICOM header (the patient's identifier is hashed), the
-    modality else from the nearest enclosing folder that is named after one, the spacing in mm from the header.
+    Only headers are read. Modality and patient come from a DICOM header (patients are numbered, their identifiers not
+    kept), the modality else from the nearest enclosing folder that is named after one, the spacing in mm, along x, y
+    and z, from the header.
 
     Args:
         folder: what is looked through.
@@ -83,15 +86,16 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[dict[st
     folder = Path(folder).expanduser().resolve()
     if not folder.exists():
         raise InputError(f"{folder}: no such file or folder. Correct the path.")
-    items, ignored = [], 0
+    items: list[dict[str, Any]] = []
+    ignored, patients = 0, dict[str, int]()
     for parent, files in _files_by_folder(folder):
-        slices = [p for p in files if suffix(p) in _DICOM]
         plain = [p for p in files if suffix(p) in (*NIFTI, *PHOTO, *_VOLUME) and suffix(p) != ".img"]
+        slices = [p for p in files if p not in plain and is_dicom(p)]
         ignored += len(files) - len(slices) - len(plain)
         items += [_describe(path, folder) for path in plain]
-        items += _describe_dicom(parent, slices, folder)
+        items += _describe_dicom(parent, slices, folder, patients)
     if ignored:
-        logger.info("%s: left out %d file(s) that are no image by their ending", folder, ignored)
+        logger.info("%s: left out %d file(s) that are no images", folder, ignored)
     return _with_modality(items, modality)
 
 
@@ -107,19 +111,21 @@ def _with_modality(items: list[dict[str, Any]], modality: str | None) -> list[di
 
 
 def _files_by_folder(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Files of each folder below a root, links followed, nothing visited twice and nothing hidden."""
     if root.is_file():
         yield root.parent, [root]
         return
-    for parent in [root, *sorted(p for p in root.rglob("*") if p.is_dir() and not _hidden(p, root))]:
-        yield parent, sorted(p for p in parent.iterdir() if p.is_file() and not p.name.startswith("."))
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    seen: set[Path] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = Path(parent).resolve()
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield Path(parent), sorted(Path(parent) / name for name in files if not name.startswith("."))
+        seen.add(real)
 
 
 def _endings() -> str:
-    return " ".join((*NIFTI, *_VOLUME, *_DICOM, *PHOTO))
+    return " ".join((*NIFTI, *_VOLUME, *DICOM, *PHOTO))
 
 
 def _read_section(folder: Path, section: str) -> list[dict[str, Any]]:
@@ -147,40 +153,28 @@ def _describe(path: Path, root: Path) -> dict[str, Any]:
     return item
 
 
-def _describe_dicom(parent: Path, slices: list[Path], root: Path) -> Iterator[dict[str, Any]]:
-    if not slices:
+def _describe_dicom(parent: Path, paths: list[Path], root: Path, patients: dict[str, int]) -> Iterator[dict[str, Any]]:
+    headers = {path: read_header(path) for path in paths}
+    if is_stack(headers):
+        slices, distance = sorted_slices(headers)
+        spacing = [*_spacing(slices[0])[:2], distance]
+        yield _dicom_item(parent, headers[slices[0]], slices[0], root, patients) | {"spacing": spacing}
         return
-    headers = {path: _dicom_header(path) for path in slices}
-    series = {str(header.get("SeriesInstanceUID", path)) for path, header in headers.items()}
-    if len(series) == 1 and len(slices) > 1:
-        yield _dicom_item(parent, headers, root)
-        return
-    if len(series) < len(slices):
+    series = Counter(str(header.get("SeriesInstanceUID")) for header in headers.values() if header.get(_PLACE))
+    if len(series) > 1 and max(series.values()) > 1:
         raise InputError(f"{parent}: holds slices of {len(series)} DICOM series. Give each series a folder of its own.")
     for path, header in headers.items():
-        yield _dicom_item(path, {path: header}, root)
+        yield _dicom_item(path, header, path, root, patients)
 
 
-def _dicom_item(image: Path, headers: dict[Path, pydicom.Dataset], root: Path) -> dict[str, Any]:
-    first, header = next(iter(headers.items()))
-    spacing = _spacing(first)
-    places = [h.ImagePositionPatient for h in headers.values() if h.get("ImagePositionPatient")]
-    if len(places) > 1:
-        # The header of one slice does not tell the distance to the next.
-        spacing[2] = min(math.dist(places[0], place) for place in places[1:])
-    modality = _MODALITY.get(str(header.get("Modality", ""))) or _folder_modality(first, root)
-    item = {"image": str(image), "modality": modality, "spacing": spacing}
+def _dicom_item(
+    image: Path, header: pydicom.Dataset, file: Path, root: Path, patients: dict[str, int]
+) -> dict[str, Any]:
+    modality = _MODALITY.get(str(header.get("Modality", ""))) or _folder_modality(file, root)
+    item = {"image": str(image), "modality": modality, "spacing": _spacing(file)}
     if header.get("PatientID"):
-        item["subject"] = hashlib.sha256(str(header.PatientID).encode()).hexdigest()[:12]
+        item["subject"] = f"patient-{patients.setdefault(str(header.PatientID), len(patients) + 1)}"
     return item
-
-
-def _dicom_header(path: Path) -> pydicom.Dataset:
-    try:
-        tags = ["Modality", "PatientID", "SeriesInstanceUID", "ImagePositionPatient"]
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 
 
 def _spacing(path: Path) -> list[float]:
@@ -192,7 +186,7 @@ def _spacing(path: Path) -> list[float]:
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
         return list(reader.GetSpacing())
-    except (RuntimeError, OSError, EOFError, ImageFileError) as error:
+    except (RuntimeError, OSError, EOFError, ImageFileError, HeaderDataError) as error:
         reason = (str(error).strip() or "empty").splitlines()[-1]
         raise InputError(f"{path}: header cannot be read ({reason}). Repair or remove the file.") from error
 

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import itk
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -14,11 +15,13 @@ from monai.data.image_reader import ImageReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 from PIL import Image
 
+from biovfm_monai.data.dicom import is_dicom, is_stack, read_header, sorted_slices
 from biovfm_monai.errors import InputError
 
 __all__ = ["NIFTI", "PHOTO", "ReadImaged", "read_image", "suffix"]
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+_KEPT = ("affine", "original_affine", "space", "spatial_shape", "original_channel_dim")
 PHOTO = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -50,6 +53,18 @@ def _refuse_pages(path: Path) -> None:
         raise InputError(f"{path}: holds {pages} pages, of which only the first would be read. Save each as a file.")
 
 
+def _read_series(folder: Path) -> Any:
+    """All slices of a folder, in the order of their places; MONAI's reader would leave some series' slices out."""
+    headers = {path: read_header(path) for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)}
+    if not headers:
+        raise InputError(f"{folder}: a folder without DICOM files is no image. Correct the datalist.")
+    if len(headers) == 1:
+        return itk.imread(str(next(iter(headers))))
+    if not is_stack(headers):
+        raise InputError(f"{folder}: its DICOM files are not the slices of one volume. Name the files in the datalist.")
+    return itk.imread([str(path) for path in sorted_slices(headers)[0]])
+
+
 def read_image(path: str | Path) -> MetaTensor:
     """Read an image file, or a folder that holds one DICOM series.
 
@@ -57,7 +72,8 @@ def read_image(path: str | Path) -> MetaTensor:
         C x X x Y (x Z), as stored: uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres.
 
     Raises:
-        InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite.
+        InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite,
+            or the files of a folder are not the slices of one volume.
     """
     path = Path(path)
     if not path.exists():
@@ -66,7 +82,7 @@ def read_image(path: str | Path) -> MetaTensor:
     try:
         if suffix(path) in PHOTO:
             _refuse_pages(path)
-        array, meta = reader.get_data(reader.read(str(path)))
+        array, meta = reader.get_data(_read_series(path) if path.is_dir() else reader.read(str(path)))
     except (MemoryError, InputError):
         raise
     except Exception as error:
@@ -81,7 +97,8 @@ def read_image(path: str | Path) -> MetaTensor:
             raise InputError(
                 f"{path}: holds {(~np.isfinite(array)).sum()} NaN or infinite voxels. Repair or remove it."
             )
-    meta["filename_or_obj"] = str(path)
+    # A header also names the patient.
+    meta = {key: meta[key] for key in _KEPT if key in meta} | {"filename_or_obj": str(path)}
     image = MetaTensor.ensure_torch_and_prune_meta(torch.from_numpy(np.ascontiguousarray(array)), meta)
     return EnsureChannelFirst()(image, meta_dict=meta)
 

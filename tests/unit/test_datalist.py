@@ -86,10 +86,72 @@ def test_dicom_slices_are_stacked_by_place_in_hounsfield_units(series):
     assert preset("ct", series)[0, :, 0, 0].mul(2000).sub(1000).tolist() == [-1000, -800, -600]
 
 
+def test_dicom_files_are_known_by_their_content_whatever_their_name(series):
+    for path in series.iterdir():
+        path.rename(path.with_name(f"1.2.840.{path.stem}"))
+    (series / "DICOMDIR.txt").write_text("no image")
+    (item,) = find_images(series)
+    assert read_image(item["image"]).shape == (1, 8, 6, 3)
+
+
 def test_two_dicom_series_of_several_slices_in_one_folder_are_refused(series):
     write_dicom(series / "d.dcm", "1.2.4")
     with pytest.raises(InputError, match=f"{series}: holds slices of 2 DICOM series. Give each"):
         find_images(series)
+
+
+def test_all_slices_of_a_series_are_read_even_where_their_headers_differ(tmp_path):
+    for number in range(6):
+        write_dicom(
+            tmp_path / f"{number}.dcm",
+            "1.2.3",
+            number,
+            SliceThickness=3 if number < 4 else 5,
+            SeriesDate=f"2020010{number}",
+        )
+    assert read_image(tmp_path).shape == (1, 8, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("places", "directions", "message"),
+    [
+        (
+            [[0, 0, z] for z in (0, 3, 9, 12)],
+            [[1, 0, 0, 0, 1, 0]] * 4,
+            r"1\.dcm and 2\.dcm are 6\.000 mm apart.*Add the",
+        ),
+        ([[0, z / 3, z] for z in (0, 3, 6)], [[1, 0, 0, 0, 1, 0]] * 3, r"shifted by 1\.000 mm.*tilted gantry"),
+        (
+            [[0, 0, 0], [0, 0, 3]],
+            [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]],
+            r"0\.dcm and 1\.dcm .* different directions",
+        ),
+        ([[0, 0, 3]] * 3, [[1, 0, 0, 0, 1, 0]] * 3, "share a place"),
+    ],
+)
+def test_slices_that_make_no_regular_volume_are_refused(tmp_path, places, directions, message):
+    for number, (place, direction) in enumerate(zip(places, directions, strict=True)):
+        write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=place, ImageOrientationPatient=direction)
+    for call in (find_images, read_image):
+        with pytest.raises(InputError, match=message):
+            call(tmp_path)
+
+
+def test_files_of_a_series_without_places_are_an_image_each(tmp_path):
+    for number in range(3):
+        write_dicom(tmp_path / f"us/{number}.dcm", "1.2.3", Modality="US", ImagePositionPatient=None)
+    assert [item["modality"] for item in find_images(tmp_path)] == ["ultrasound"] * 3
+    with pytest.raises(InputError, match="not the slices of one volume"):
+        read_image(tmp_path / "us")
+
+
+def test_linked_folders_are_looked_through_whole_and_once(tmp_path):
+    (tmp_path / "far/deep").mkdir(parents=True)
+    write_png(tmp_path / "far/deep/a.png", np.eye(4, dtype=np.uint8))
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds/ct").symlink_to(tmp_path / "far")
+    (tmp_path / "far/loop").symlink_to(tmp_path / "far")
+    assert [item["image"] for item in find_images(tmp_path / "ds")] == [str(tmp_path / "ds/ct/deep/a.png")]
 
 
 def test_dicom_files_of_a_series_each_are_an_item_each(tmp_path):
@@ -98,8 +160,9 @@ def test_dicom_files_of_a_series_each_are_an_item_each(tmp_path):
 
 
 def test_the_patients_identifier_appears_neither_in_an_item_nor_with_the_image(series):
-    (item,) = find_images(series)
-    assert "4711" not in f"{item} {read_image(series).meta} {training_transform(1, (4, 4))(item)}"
+    for path in (series, series / "a.dcm"):
+        (item,) = find_images(path)
+        assert "4711" not in f"{item} {read_image(path).meta} {training_transform(1, (4, 4))(item)}"
 
 
 def test_slices_of_one_patient_share_a_subject_and_those_of_nobody_have_none(tmp_path):
