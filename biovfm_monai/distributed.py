@@ -10,10 +10,10 @@ import os
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["barrier", "device", "finalize", "initialize", "is_main", "parallel", "rank", "world_size"]
+__all__ = ["barrier", "device", "finalize", "initialize", "is_main", "mean", "parallel", "rank", "world_size"]
 
 
 def initialize() -> None:
@@ -58,6 +58,11 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every process is here."""
     idist.barrier()
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes, on each of them."""
+    return idist.all_reduce(value.clone(), "SUM") / world_size()
 
 
 def parallel(module: nn.Module, device: torch.device | str) -> nn.Module:

@@ -49,7 +49,10 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if not data:
             raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
-        self.images = CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False)
+        self.images = CacheDataset(
+            data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
+            as_contiguous=False,  # grey images shown as colour are in memory once
+        )  # fmt: skip
         self.crop_size = as_volume_size(crop_size)
         self.seed = seed
 

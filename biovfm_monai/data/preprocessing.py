@@ -41,7 +41,7 @@ class ByModalityd(MapTransform):
 
 
 class MatchChannelsd(MapTransform):
-    """Give images as many channels as the encoder takes: grey is repeated, colour becomes its luminance.
+    """Give images as many channels as the encoder takes: grey is repeated without a copy, colour becomes its luminance.
 
     Raises:
         InputError: on any other mismatch.
@@ -60,7 +60,7 @@ class MatchChannelsd(MapTransform):
             if given == self.in_channels:
                 continue
             if given == 1:
-                sample[key] = image.repeat(self.in_channels, *[1] * (image.ndim - 1))
+                sample[key] = image.expand(self.in_channels, *image.shape[1:])
             elif given == 3 and self.in_channels == 1:
                 weights = torch.tensor(_LUMINANCE, dtype=image.dtype).view(-1, *[1] * (image.ndim - 1))
                 sample[key] = (image * weights).sum(0, keepdim=True)
@@ -141,9 +141,10 @@ def training_transform(
         [
             ReadImaged(keys),
             ByModalityd(keys, spacing),
-            MatchChannelsd(keys, in_channels),
             RequireSized(keys, crop_size),
+            # In this order grey images are kept once in memory, not once per channel.
             CastToTyped(keys, dtype=torch.float16),
+            MatchChannelsd(keys, in_channels),
         ]
     )
 

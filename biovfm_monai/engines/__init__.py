@@ -5,9 +5,9 @@ from biovfm_monai.engines.pictures import ReconstructionHandler
 from biovfm_monai.engines.progress import ProgressHandler
 from biovfm_monai.engines.resume import StateHandler
 from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups
-from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.engines.trainer import PretrainingTrainer, fast_precision
 
 __all__ = [
     "EncoderHandler", "PretrainingTrainer", "ProgressHandler", "ReconstructionHandler", "StateHandler", "WarmupCosine",
-    "parameter_groups",
+    "fast_precision", "parameter_groups",
 ]  # fmt: skip

@@ -88,6 +88,7 @@ class ReconstructionHandler:
             Image.fromarray(picture).save(draft, format="PNG")
         if self.summary_writer is not None:
             self.summary_writer.add_image("reconstruction", picture, engine.step, dataformats="HWC")
+            self.summary_writer.flush()
 
     def _one_per_modality(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

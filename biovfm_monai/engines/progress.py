@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ProgressHandler:
     """Progress bar in a terminal, log lines elsewhere, and one JSON line per interval.
 
-    Each interval's mean loss, rate of images, share of time spent waiting for data and the learning rate go to
-    `engine.state.metrics` on every process; the main process shows and writes them.
+    Each interval's mean loss over all processes, rate of images, share of time spent waiting for data and the learning
+    rate go to `engine.state.metrics` on every process; the main process shows and writes them.
 
     Args:
         log_path: JSON-lines file; what it holds beyond the step a run starts from is dropped. None for no file.
@@ -80,7 +80,7 @@ class ProgressHandler:
 
     def _report(self, engine: PretrainingTrainer) -> None:
         # Reading the losses waits for the device, so the clock is read after it.
-        loss = torch.stack(self._losses).float().mean().item()
+        loss = distributed.mean(torch.stack(self._losses).float().mean()).item()
         seconds = time.perf_counter() - self._begun
         metrics = {
             "loss": loss,

@@ -18,6 +18,8 @@ __all__ = ["StateHandler"]
 
 logger = logging.getLogger(__name__)
 
+_NAMES = ("latest.pt", "previous.pt")
+
 
 class StateHandler:
     """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`.
@@ -29,7 +31,8 @@ class StateHandler:
     Args:
         folder: where the two files are.
         interval: epochs between writes; the last epoch is always written.
-        resume: start from the newest readable state in the folder, if there is one.
+        resume: start from the newest readable state in the folder, if there is one; else states of an earlier run there
+            are set aside (`latest.pt.before`), so that no later resume mistakes them for this run's.
 
     Raises:
         InputError: on resuming from a state of another network, optimizer or batch size, or when no state can be read.
@@ -65,51 +68,61 @@ class StateHandler:
                 latest.replace(self.folder / "previous.pt")
 
     def _load(self, engine: PretrainingTrainer) -> None:
-        if not self.resume:
-            return
-        paths = [path for name in ("latest.pt", "previous.pt") if (path := self.folder / name).exists()]
+        # One process decides which state it is, before the others look.
+        if distributed.is_main():
+            (self._set_damaged_aside if self.resume else self._set_all_aside)()
+        distributed.barrier()
+        paths = self._paths()
+        if self.resume and paths:
+            self._apply(engine, torch.load(paths[0], map_location="cpu", weights_only=True), paths[0])
+        elif self.resume:
+            logger.info("no state to resume from in %s: starting anew", self.folder)
+
+    def _paths(self) -> list[Path]:
+        """The states that are there, newest first."""
+        return [path for name in _NAMES if (path := self.folder / name).exists()]
+
+    def _set_all_aside(self) -> None:
+        for path in self._paths():
+            path.replace(path.with_name(f"{path.name}.before"))
+            logger.info("%s is of an earlier run, and is now %s.before", path, path.name)
+
+    def _set_damaged_aside(self) -> None:
+        """Rename damaged states up to the newest good one: the next write would keep one in place of the good one."""
+        paths = self._paths()
         for path in paths:
-            state = self._read(path)
-            if state is not None:
-                self._apply(engine, state, path)
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
                 return
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a damaged pickle fails in many ways
+                reason = (str(error) or "empty").splitlines()[0]
+                logger.warning("%s is damaged (%s): trying the state before it", path, reason)
+                path.replace(path.with_suffix(".damaged"))
         if paths:
             raise InputError(
                 f"{self.folder}: no state in it can be read. Restore one, or start anew with --resume False."
             )
-        logger.info("no state to resume from in %s: starting anew", self.folder)
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a damaged pickle fails in many ways
-            logger.warning(
-                "%s is damaged (%s): trying the state before it", path, (str(error) or "empty").splitlines()[0]
-            )
-            if distributed.is_main():
-                # Else the next write would keep it as the previous state, in place of the good one.
-                path.replace(path.with_suffix(".damaged"))
-            return None
 
     @staticmethod
     def _apply(engine: PretrainingTrainer, state: dict[str, Any], path: Path) -> None:
         try:
             engine.method.load_state_dict(state["method"])
             engine.optimizer.load_state_dict(state["optimizer"])
+            engine.loss_scaler.load_state_dict(state["loss_scaler"])
+            engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
+            samples_seen = state["samples_seen"]
         except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"{path}: is the state of another configuration ({error}). Resume with the configuration it was made "
-                "with, or start anew with --resume False."
+                f"{path}: is the state of another configuration ({reason[:300]}). Resume with the configuration it was "
+                "made with, or start anew with --resume False."
             ) from error
-        engine.loss_scaler.load_state_dict(state["loss_scaler"])
-        engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
         whole_epochs = engine.state.iteration == engine.state.epoch * engine.state.epoch_length
-        if not whole_epochs or engine.samples_seen != state["samples_seen"]:
+        if not whole_epochs or engine.samples_seen != samples_seen:
             raise InputError(
-                f"{path}: was made with another batch_size or steps_per_epoch ({state['samples_seen']} images in "
+                f"{path}: was made with another batch_size or steps_per_epoch ({samples_seen} images in "
                 f"{state['epoch']} epochs). Resume with the same ones, or start anew with --resume False."
             )
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)

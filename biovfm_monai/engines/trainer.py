@@ -22,9 +22,20 @@ from biovfm_monai.data import GlobalBatchSampler
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
 
-__all__ = ["PretrainingTrainer"]
+__all__ = ["PretrainingTrainer", "fast_precision"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fast_precision(device: torch.device | str) -> str:
+    """The precision that is fast on a device: "bf16" where the hardware multiplies it, else "fp32".
+
+    CPUs without such instructions emulate bf16, ten times slower than fp32.
+    """
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 class PretrainingTrainer(SupervisedTrainer):
@@ -44,12 +55,12 @@ class PretrainingTrainer(SupervisedTrainer):
         prepare_batch: (batch, device, non_blocking) -> batch on the device, views made.
         precision: "fp32", "bf16" or "fp16".
         clip_norm: largest norm of all gradients together; None for no clipping.
-        schedules: name of an optimizer setting ("lr", "weight_decay") -> value as a function of progress in [0, 1]; a
-            parameter group's "<name>_scale" multiplies it.
+        schedules: name of an optimizer setting ("lr", "weight_decay") -> value as a function of progress in [0, 1],
+            taken at the middle of each optimizer step; a parameter group's "<name>_scale" multiplies it.
         seed: of masks and views.
 
     Raises:
-        InputError: on an unknown precision, or fp16 without a GPU.
+        InputError: on an unknown precision, fp16 without a GPU, or an epoch_length other than the sampler's.
         NonFiniteLossError: in `run`, when the loss is not finite.
     """
 
@@ -78,6 +89,7 @@ class PretrainingTrainer(SupervisedTrainer):
         device = torch.device(device)
         if precision == "fp16" and device.type != "cuda":
             raise InputError(f"precision 'fp16' needs a CUDA GPU, the device is {device}. Give --precision bf16.")
+        _require_length(train_data_loader, epoch_length)
         self.dtype = _DTYPES[precision]
         self.loss_scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip_norm = clip_norm
@@ -163,15 +175,18 @@ class PretrainingTrainer(SupervisedTrainer):
 
     def _optimizer_step(self) -> None:
         for name, schedule in self.schedules.items():
-            value = schedule(self.step / self.total_steps)
+            value = schedule((self.step - 0.5) / self.total_steps)
             for group in self.optimizer.param_groups:
                 group[name] = value * group.get(f"{name}_scale", 1.0)
         if self.clip_norm is not None:
             self.loss_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        scale = self.loss_scaler.get_scale()
         self.loss_scaler.step(self.optimizer)
         self.loss_scaler.update()
-        self.method.after_step(self.step / self.total_steps)
+        # The scale falls when gradients overflowed and the step was left out.
+        if self.loss_scaler.get_scale() >= scale:
+            self.method.after_step(self.step / self.total_steps)
 
     def _check_losses(self, leave: int) -> None:
         """Raise NonFiniteLossError if a loss is not finite, the newest `leave` of them not looked at yet."""
@@ -186,6 +201,21 @@ class PretrainingTrainer(SupervisedTrainer):
 
 def _own_loss(output: Mapping[str, Tensor], _: None) -> Tensor:
     return output["loss"]
+
+
+def _require_length(loader: Iterable, epoch_length: int | None) -> None:
+    """Raise InputError when it is not clear how long an epoch is, or the sampler's epochs are of another length."""
+    if epoch_length is None:
+        try:
+            len(loader)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InputError("the data loader has no length. Give the trainer an epoch_length.") from error
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, GlobalBatchSampler) and epoch_length not in (None, len(sampler)):
+        raise InputError(
+            f"epoch_length {epoch_length} is not the sampler's {len(sampler)} micro-batches per epoch, so images would "
+            "repeat. Leave epoch_length out, and give the sampler steps_per_epoch."
+        )
 
 
 def _place_sampler(engine: Engine) -> None:

@@ -55,7 +55,7 @@ def trained(tmp_path_factory, samples):
 def test_training_leaves_every_file_that_it_promises(trained):
     for file in ("models/encoder.safetensors", "models/model.pt", "models/state/latest.pt", "eval/log.jsonl"):
         assert (trained / file).is_file(), file
-    assert len(Image.open(trained / "eval/reconstruction.png").size) == 2
+    assert Image.open(trained / "eval/reconstruction.png").height > 6 * 192
     assert not list((trained / "models").rglob(".*"))
 
 
@@ -183,6 +183,13 @@ def run_in_process(root, **overrides):
     workflow = ConfigWorkflow(configs, workflow_type="train", logging_file=False, bundle_root=str(root), **overrides)
     workflow.initialize()
     workflow.run()
+
+
+def test_the_loss_falls_on_real_images(trained, tmp_path):
+    places = {"output_dir": str(tmp_path / "eval"), "ckpt_dir": str(tmp_path / "models")}
+    run_in_process(trained, steps_per_epoch=60, batch_size=32, **places)
+    lines = [json.loads(line) for line in (tmp_path / "eval/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 def cause(error):

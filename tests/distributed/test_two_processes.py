@@ -46,7 +46,7 @@ def losses(out):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    return launch(1, out)[0]
+    return {**launch(1, out)[0], "losses": losses(out)}
 
 
 @pytest.mark.xdist_group("distributed")
@@ -56,6 +56,7 @@ def test_two_processes_end_with_the_weights_of_one_and_share_out_its_images(alon
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
     assert first["weights"] == second["weights"]
     assert sorted(first["numbers"] + second["numbers"]) == alone["numbers"] == list(range(80))
+    assert losses(tmp_path) == pytest.approx(alone["losses"], rel=1e-4)
 
 
 @pytest.mark.xdist_group("distributed")

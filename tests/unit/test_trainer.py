@@ -8,14 +8,24 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from biovfm_monai.data import GlobalBatchSampler, RandomResizedCrop
-from biovfm_monai.engines import PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine, parameter_groups
+from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop
+from biovfm_monai.engines import (
+    PretrainingTrainer,
+    ProgressHandler,
+    ReconstructionHandler,
+    StateHandler,
+    WarmupCosine,
+    fast_precision,
+    parameter_groups,
+)
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import MAE, SSLMethod
 from biovfm_monai.networks import ViT
@@ -99,7 +109,7 @@ def test_schedules_move_once_per_optimizer_step_and_respect_a_groups_scale():
         Events.ITERATION_COMPLETED, lambda: seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
     )
     engine.run()
-    for number, progress in [(1, 0.25), (3, 0.5), (5, 0.75), (7, 1.0)]:
+    for number, progress in [(1, 0.125), (3, 0.375), (5, 0.625), (7, 0.875)]:
         assert seen[number] == [(rate(progress), decay(progress)), (rate(progress), 0.0)]
     assert seen[1] == seen[2]
 
@@ -188,11 +198,21 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, caplog):
     assert steps == sorted(set(steps))
 
 
-def test_a_state_of_another_network_is_refused(tmp_path):
+def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     run_epochs(tmp_path, 1, 1, False)
     engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
-    with pytest.raises(InputError, match="another configuration"):
+    with pytest.raises(
+        InputError, match=r"latest\.pt: is the state of another configuration .*--resume False"
+    ) as caught:
         engine.run()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_chosen_for_a_cpu_is_bf16_only_where_it_multiplies_it_itself(monkeypatch, precision):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: precision == "bf16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fast_precision("cpu") == precision
 
 
 def test_resuming_from_an_empty_folder_starts_anew(tmp_path):
@@ -283,3 +303,48 @@ def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_los
     with pytest.raises(InputError, match="no state in it can be read"):
         run_epochs(tmp_path, 2, 2, True)
     assert len(list(tmp_path.glob("*.damaged"))) == 2
+
+
+def test_starting_anew_sets_the_states_of_an_earlier_run_aside(tmp_path):
+    run_epochs(tmp_path, 4, 4, False)
+    run_epochs(tmp_path, 1, 4, False)
+    assert not (tmp_path / "previous.pt").exists()
+    assert torch.load(tmp_path / "latest.pt.before", weights_only=True)["epoch"] == 4
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
+
+
+def test_an_epoch_of_another_length_than_the_samplers_is_refused():
+    with pytest.raises(InputError, match=r"epoch_length 3 .* 5 micro-batches"):
+        trainer(Line(), steps=5, epoch_length=3)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from iter(int, 1)
+
+
+def test_a_loader_without_length_needs_an_epoch_length():
+    method = Line()
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    with pytest.raises(InputError, match="Give the trainer an epoch_length"):
+        PretrainingTrainer("cpu", 1, torch.utils.data.DataLoader(Endless()), method, optimizer)
+
+
+def test_the_picture_shows_image_mask_and_prediction_of_each_modality(tmp_path):
+    images = [{"image": torch.rand(1, 1, 16, 16), "modality": name} for name in ("ct", "mri") for _ in range(3)]
+    dataset, method = RandomCropDataset(images, lambda item: item, (16, 16)), mae()
+    views = RandomResizedCrop((16, 16))
+    engine = trainer(method, epochs=1, train_handlers=[ReconstructionHandler(method, dataset, views, tmp_path)])
+    engine.run()
+    sheet = np.asarray(Image.open(tmp_path / "reconstruction.png"))
+    rows, side = 2, 192
+    assert sheet.shape == (rows * (side + 20) + 4, 3 * (side + 4) + 4, 3)
+    for row in range(rows):
+        top = row * (side + 20) + 16
+        image, masked, filled = (sheet[top : top + side, 4 + n * (side + 4) :][:, :side].astype(int) for n in range(3))
+        assert image.std() > 40
+        hidden = (masked == 128).all(-1)
+        assert hidden.mean() == pytest.approx(0.75, abs=0.01)
+        assert (masked[~hidden] == image[~hidden]).all()
+        assert (filled[~hidden] == image[~hidden]).all()
+        assert (filled[hidden] != 128).mean() > 0.9

@@ -124,6 +124,6 @@ class EightBitd(MapTransform):
 
 
 def geometry(keys: KeysCollection, spacing: Sequence[float] | None, intensity: Transform) -> Compose:
-    """A preset: slices first, the modality's intensity rule, resampling if asked for, then the size limit."""
-    resample = [] if spacing is None else [Resampled(keys, spacing)]
-    return Compose([SlicesFirstd(keys), intensity, *resample, ShrinkInPlaned(keys)])
+    """A preset: slices first, the modality's intensity rule, then the spacing asked for, or else the size limit."""
+    size = ShrinkInPlaned(keys) if spacing is None else Resampled(keys, spacing)
+    return Compose([SlicesFirstd(keys), intensity, size])
