@@ -100,12 +100,13 @@ class MAE(SSLMethod):
         self, patches: Tensor, grid_size: tuple[int, int, int], anisotropy: int, keep: Tensor, hidden: Tensor
     ) -> Tensor:
         """Predicted pixels of the hidden patches: B x hidden x voxels."""
-        positions = self.encoder.positions(grid_size, patches.device)
-        visible = self.decoder_embed(self.encoder.embed_patches(patches, positions, anisotropy, keep))
+        prefix = self.encoder.num_prefix_tokens
+        tokens = self.encoder.encode(*self.encoder.embed_patches(patches, grid_size, anisotropy, keep))[0]
+        visible = self.decoder_embed(tokens)
         width = visible.shape[2]
         table = sincos_positions(grid_size, width, self.encoder.spatial_dims, visible.device).to(visible.dtype)
         x = torch.cat(
-            [visible[:, :1], visible[:, 1:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1
+            [visible[:, :prefix], visible[:, prefix:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1
         )
         for block in self.decoder_blocks:
             x = block(x)

@@ -1,13 +1,37 @@
 """Image to tokens: plain single-device modules."""
 
-from biovfm_monai.networks.blocks import Attention, Block, Mlp
+from biovfm_monai.networks.adaptive import (
+    AdaptiveConv3d,
+    AdaptiveConvTranspose3d,
+    adaptive_downsample,
+    adaptive_upsample,
+    halved,
+    pending,
+)
+from biovfm_monai.networks.anisotropy import MAX_ANISOTROPY, anisotropy_of, draw_anisotropy, spacing_of
+from biovfm_monai.networks.blocks import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
 from biovfm_monai.networks.heads import Embedder
 from biovfm_monai.networks.masking import random_mask, take_tokens
 from biovfm_monai.networks.patch_embed import PatchEmbed, patchify, unpatchify
-from biovfm_monai.networks.positions import sincos_positions
-from biovfm_monai.networks.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+from biovfm_monai.networks.positions import interpolate_grid, rotary_angles, rotate, sincos_positions
+from biovfm_monai.networks.presets import (
+    spad_vit_base,
+    spad_vit_huge,
+    spad_vit_large,
+    spad_vit_small,
+    spad_vit_tiny,
+    vit_base,
+    vit_huge,
+    vit_large,
+    vit_small,
+    vit_tiny,
+)
+from biovfm_monai.networks.vit import ViT
 
 __all__ = [
-    "Attention", "Block", "Embedder", "Mlp", "PatchEmbed", "ViT", "patchify", "random_mask", "sincos_positions",
-    "take_tokens", "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small", "vit_tiny",
+    "MAX_ANISOTROPY", "AdaptiveConv3d", "AdaptiveConvTranspose3d", "Attention", "Block", "DropPath", "Embedder",
+    "LayerScale", "Mlp", "PatchEmbed", "SwiGLU", "ViT", "adaptive_downsample", "adaptive_upsample", "anisotropy_of",
+    "draw_anisotropy", "halved", "interpolate_grid", "patchify", "pending", "random_mask", "rotary_angles", "rotate",
+    "sincos_positions", "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large", "spad_vit_small",
+    "spad_vit_tiny", "take_tokens", "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small", "vit_tiny",
 ]  # fmt: skip

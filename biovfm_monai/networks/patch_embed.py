@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MAX_ANISOTROPY", "PatchEmbed", "patchify", "unpatchify"]
-
-MAX_ANISOTROPY = 5
-"""The degree of anisotropy that stands for a 2D image."""
+__all__ = ["PatchEmbed", "patchify", "unpatchify"]
 
 
 def patchify(image: Tensor, patch_size: tuple[int, int, int]) -> Tensor:

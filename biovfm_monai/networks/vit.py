@@ -6,34 +6,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from biovfm_monai.errors import InputError
+from biovfm_monai.networks.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.networks.blocks import Block, init_weights
 from biovfm_monai.networks.masking import take_tokens
-from biovfm_monai.networks.patch_embed import MAX_ANISOTROPY, PatchEmbed, patchify
-from biovfm_monai.networks.positions import sincos_positions
+from biovfm_monai.networks.patch_embed import PatchEmbed, patchify
+from biovfm_monai.networks.positions import interpolate_grid, rotary_angles, sincos_positions
 
-__all__ = ["ViT", "vit_base", "vit_huge", "vit_large", "vit_small", "vit_tiny"]
+__all__ = ["ViT"]
+
+_POSITIONS = ("sincos", "learn", "none")
+_ROTARY = ("none", "index", "mm", "normalised")
 
 
 class ViT(nn.Module):
-    """Encoder with a class token, pre-norm blocks and a final norm.
+    """Encoder with pre-norm blocks that serves 2D images, isotropic and thick-slice volumes with one set of weights.
 
     Args:
         in_channels: channels of the image.
         img_size: size the encoder is made for, (height, width) or (depth, height, width); any size whose axes are
-            multiples of the patch is accepted in use.
+            multiples of the patch is accepted in use. Made for volumes, it takes 2D images, too.
         patch_size: voxels per token, one number or one per axis of img_size.
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as in timm.
-        pos_embed: "sincos", fixed, or "learn", a grid made for img_size and resampled for other sizes.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, swiglu_mlp, scale_mlp, init_values, drop_path_rate,
+            reg_tokens, class_token, final_norm: as in timm. The drop-path rate grows linearly with depth.
+        k_bias: as in `Attention`.
+        norm_eps: of all norms.
+        pos_embed: "sincos", fixed; "learn", a grid made for img_size and resampled for other sizes; or "none".
+        rope: rotary positions in every block: "none", "index", "mm" or "normalised", as in `rotary_angles`. "mm" counts
+            in patches of 1 mm voxels, so that what is as far apart in the body is turned as far.
+
+    Attributes:
+        grad_checkpointing: recompute each block's inside in the backward pass, to save memory.
 
     Raises:
-        InputError: when img_size is no multiple of patch_size, or num_heads does not divide embed_dim.
+        InputError: when img_size is no multiple of patch_size, num_heads does not divide embed_dim, or pos_embed or
+            rope is unknown.
     """
-
-    num_prefix_tokens = 1
 
     def __init__(
         self,
@@ -45,133 +57,271 @@ class ViT(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        k_bias: bool = True,
+        qk_norm: bool = False,
+        swiglu_mlp: bool = False,
+        scale_mlp: bool = False,
+        init_values: float | None = None,
+        drop_path_rate: float = 0.0,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        final_norm: bool = True,
+        norm_eps: float = 1e-6,
         pos_embed: str = "sincos",
+        rope: str = "none",
     ) -> None:
         super().__init__()
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         dims = len(img_size)
         sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
         if dims not in (2, 3) or len(sizes) != dims or any(n % p for n, p in zip(img_size, sizes, strict=True)):
             raise InputError(f"img_size {tuple(img_size)} must be 2 or 3 multiples of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise InputError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")
-        if pos_embed not in ("sincos", "learn"):
-            raise InputError(f"pos_embed must be 'sincos' or 'learn', got {pos_embed!r}")
-        self.arguments: dict[str, Any] = {
-            "in_channels": in_channels, "img_size": list(img_size), "patch_size": list(sizes), "embed_dim": embed_dim,
-            "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
-            "pos_embed": pos_embed,
-        }  # fmt: skip
+        if pos_embed not in _POSITIONS or rope not in _ROTARY:
+            raise InputError(
+                f"pos_embed must be one of {_POSITIONS} and rope of {_ROTARY}, got {pos_embed!r}, {rope!r}"
+            )
+        self.arguments: dict[str, Any] = given | {"img_size": list(img_size), "patch_size": list(sizes)}
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, dims
-        self.img_size, self.patch_size = tuple(img_size), sizes
+        self.img_size, self.patch_size, self.rope = tuple(img_size), sizes, rope
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.grad_checkpointing = False
         volume_patch: Any = (1, *sizes) if dims == 2 else sizes
         self.patch_embed = PatchEmbed(in_channels, volume_patch, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.head_dim, self.sincos = embed_dim // num_heads, pos_embed == "sincos"
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         full_size = (1, *img_size) if dims == 2 else tuple(img_size)
-        self._grid = tuple(n // p for n, p in zip(full_size, self.patch_embed.patch_size, strict=True))
-        self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *self._grid)) if pos_embed == "learn" else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        grid = tuple(n // p for n, p in zip(full_size, self.patch_embed.patch_size, strict=True))
+        self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *grid)) if pos_embed == "learn" else None
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp, init_values,
+                drop_path_rate * number / max(depth - 1, 1), norm_eps,
+            )
+            for number in range(depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
         self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for tokens in (self.cls_token, self.reg_token, self.pos_embed):
+            if tokens is not None:
+                nn.init.trunc_normal_(tokens, std=0.02)
 
-    def prepare(self, image: Tensor, anisotropy: int | None = None) -> tuple[Tensor, int]:
+    def prepare(
+        self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None
+    ) -> tuple[Tensor, int]:
         """Check an image and read it as a volume.
 
         Args:
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
-            anisotropy: degree of anisotropy, 0 to 5; None means 5 for a 4-dimensional image and 0 for a volume.
+            anisotropy: degree of anisotropy, 0 to 5; None to take it from `spacing`, or else 5 for a 4-dimensional
+                image and 0 for a volume.
+            spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
 
         Returns:
             B x C x D x H x W and the degree of anisotropy.
 
         Raises:
-            ValueError: on a wrong number of axes or channels, or a size that is no multiple of the patch.
+            ValueError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
+                `anisotropy_of`.
         """
+        plane = image.ndim == 4
         if anisotropy is None:
-            anisotropy = MAX_ANISOTROPY if image.ndim == 4 else 0
-        if image.ndim == 4:
+            anisotropy = 5 if plane else 0
+            if spacing is not None and not plane:
+                anisotropy = anisotropy_of(spacing)
+        if plane:
             image = image.unsqueeze(2)
         if image.ndim != 5 or image.shape[1] != self.in_channels:
             raise ValueError(
-                f"the encoder takes {self.in_channels} channels and 4 or 5 axes, got shape {tuple(image.shape)}"
+                f"the encoder takes {self.in_channels} channels and 4 or 5 axes, got shape {list(image.shape)}"
             )
-        if not 0 <= anisotropy <= MAX_ANISOTROPY:
-            raise ValueError(f"anisotropy must be 0 to {MAX_ANISOTROPY}, got {anisotropy}")
+        if anisotropy < 0 or anisotropy > 5:
+            raise ValueError(f"anisotropy must be 0 to 5, got {anisotropy}")
         stride = self.patch_embed.stride(anisotropy)
-        if any(n % s for n, s in zip(image.shape[2:], stride, strict=True)):
-            raise ValueError(f"image size {tuple(image.shape[2:])} must be a multiple of the patch {stride}")
+        if image.shape[2] % stride[0] or image.shape[3] % stride[1] or image.shape[4] % stride[2]:
+            raise ValueError(f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}")
         return image, anisotropy
 
     def grid_size(self, image: Tensor, anisotropy: int) -> tuple[int, int, int]:
         """Tokens along depth, height and width of a prepared image."""
-        d, h, w = (n // s for n, s in zip(image.shape[2:], self.patch_embed.stride(anisotropy), strict=True))
-        return d, h, w
+        d, h, w = self.patch_embed.stride(anisotropy)
+        return image.shape[2] // d, image.shape[3] // h, image.shape[4] // w
 
-    def positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor:
-        """Positions of a grid of tokens: 1 x L x embed_dim."""
-        if self.pos_embed is None:
-            return sincos_positions(grid_size, self.embed_dim, self.spatial_dims, device)[None]
-        grid: Tensor = self.pos_embed
-        if grid_size != self._grid:
-            grid = F.interpolate(grid, size=grid_size, mode="trilinear", align_corners=False)
-        return grid.flatten(2).transpose(1, 2)
-
-    def embed_patches(self, patches: Tensor, positions: Tensor, anisotropy: int, keep: Tensor | None = None) -> Tensor:
-        """Tokens of patches, encoded and normalised; with `keep`, of those patches only.
+    def embed_patches(
+        self,
+        patches: Tensor,
+        grid_size: tuple[int, int, int],
+        anisotropy: int,
+        keep: Tensor | None = None,
+        spacing: list[float] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens of patches, with their positions, before the first block.
 
         Args:
             patches: B x L x voxels, as from `patchify`.
-            positions: 1 x L x embed_dim.
+            grid_size: tokens along depth, height and width; L in all.
             anisotropy: degree of anisotropy of the patches.
-            keep: B x K numbers of the patches to encode; None for all.
+            keep: B x K numbers of the patches to embed; None for all.
+            spacing: mm along (depth,) height and width, for rotary positions in mm.
 
         Returns:
-            B x (1 + K) x embed_dim.
+            B x (prefix + K) x embed_dim, and the rotary angles, 1 or B x (prefix + K) x (head_dim / 2); None without.
         """
+        positions = self._positions(grid_size, patches.device)
+        angles = self._angles(grid_size, anisotropy, spacing, patches.device)
         if keep is not None:
             patches = take_tokens(patches, keep)
-            positions = positions[0][keep]
-        x = self.patch_embed(patches, anisotropy) + positions
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            positions = None if positions is None else positions[0][keep]
+            angles = None if angles is None else angles[0][keep]
+        x = self.patch_embed(patches, anisotropy)
+        if positions is not None:
+            x = x + positions
+        for token in (self.reg_token, self.cls_token):
+            if token is not None:
+                x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
+        if angles is not None:
+            # Prefix tokens have no place, and are not turned.
+            angles = torch.cat([angles.new_zeros(angles.shape[0], self.num_prefix_tokens, angles.shape[2]), angles], 1)
+        return x, angles
 
-    def forward(self, image: Tensor, anisotropy: int | None = None, keep: Tensor | None = None) -> Tensor:
-        """Encode an image: B x C x (D) x H x W to B x (1 + L) x embed_dim, class token first, final norm applied.
+    def encode(
+        self,
+        x: Tensor,
+        angles: Tensor | None = None,
+        lengths: list[int] | None = None,
+        taps: list[int] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run embedded tokens through the blocks and the final norm.
+
+        Args:
+            x, angles: as from `embed_patches`.
+            lengths: tokens per image when several lie one after the other in a batch of one.
+            taps: numbers of blocks whose output is wanted, too.
+
+        Returns:
+            The tokens, and those after each tapped block, without the final norm.
+        """
+        turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
+        tapped: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            if torch.jit.is_scripting() or not (self.grad_checkpointing and self.training):
+                x = block(x, turn, lengths)
+            else:
+                x = checkpoint(block, x, turn, lengths, use_reentrant=False)
+            if taps is not None and number in taps:
+                tapped.append(x)
+        return self.norm(x), tapped
+
+    def forward(
+        self,
+        image: Tensor,
+        anisotropy: int | None = None,
+        keep: Tensor | None = None,
+        spacing: list[float] | None = None,
+    ) -> Tensor:
+        """Encode an image: B x C x (D) x H x W to B x (prefix + L) x embed_dim, prefix tokens first.
 
         Args:
             image: as in `prepare`.
             anisotropy: as in `prepare`.
             keep: B x K numbers of the tokens to encode, the rest is left out before the projection; None for all.
+            spacing: as in `prepare`.
         """
-        image, anisotropy = self.prepare(image, anisotropy)
-        positions = self.positions(self.grid_size(image, anisotropy), image.device)
-        return self.embed_patches(patchify(image, self.patch_embed.stride(anisotropy)), positions, anisotropy, keep)
+        if not torch.jit.is_scripting():
+            image, spacing = _plain(image, spacing)
+        image, anisotropy = self.prepare(image, anisotropy, spacing)
+        patches = patchify(image, self.patch_embed.stride(anisotropy))
+        x, angles = self.embed_patches(patches, self.grid_size(image, anisotropy), anisotropy, keep, spacing)
+        return self.encode(x, angles)[0]
+
+    def features(
+        self,
+        image: Tensor,
+        blocks: Sequence[int],
+        anisotropy: int | None = None,
+        spacing: list[float] | None = None,
+    ) -> list[Tensor]:
+        """Outputs of blocks as spatial maps for dense decoders: B x embed_dim x grid, the final norm applied to each.
+
+        Args:
+            image, anisotropy, spacing: as in `prepare`.
+            blocks: numbers of blocks, ascending, from 0; negative ones count from the end.
+
+        Raises:
+            InputError: when a number is out of range or out of order.
+        """
+        depth = len(self.blocks)
+        taps = [number + depth if number < 0 else number for number in blocks]
+        if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
+            raise InputError(f"blocks {list(blocks)} must be ascending numbers of the encoder's {depth} blocks")
+        image, spacing = _plain(image, spacing)
+        image, anisotropy = self.prepare(image, anisotropy, spacing)
+        grid_size = self.grid_size(image, anisotropy)
+        patches = patchify(image, self.patch_embed.stride(anisotropy))
+        tapped = self.encode(*self.embed_patches(patches, grid_size, anisotropy, None, spacing), None, taps)[1]
+        return [self.norm(x)[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_size) for x in tapped]
+
+    def encode_packed(
+        self,
+        images: Sequence[Tensor],
+        anisotropy: Sequence[int | None] | None = None,
+        spacing: Sequence[list[float] | None] | None = None,
+    ) -> list[Tensor]:
+        """Encode images of different sizes and degrees of anisotropy at once, without padding.
+
+        Their tokens lie one after the other, and attend to those of their own image only.
+
+        Args:
+            images: each C x (D) x H x W.
+            anisotropy, spacing: one per image, as in `prepare`.
+
+        Returns:
+            One (prefix + L) x embed_dim per image.
+        """
+        parts: list[Tensor] = []
+        all_angles: list[Tensor] = []
+        for number, one in enumerate(images):
+            image, millimetres = _plain(one[None], None if spacing is None else spacing[number])
+            image, degree = self.prepare(image, None if anisotropy is None else anisotropy[number], millimetres)
+            patches = patchify(image, self.patch_embed.stride(degree))
+            x, angles = self.embed_patches(patches, self.grid_size(image, degree), degree, None, millimetres)
+            parts.append(x)
+            if angles is not None:
+                all_angles.append(angles)
+        lengths = [x.shape[1] for x in parts]
+        turns = torch.cat(all_angles, dim=1) if all_angles else None
+        tokens = self.encode(torch.cat(parts, dim=1), turns, lengths)[0]
+        return list(tokens[0].split(lengths))
+
+    def _positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """Positions of a grid of tokens to add to them, 1 x L x embed_dim."""
+        if self.sincos:
+            return sincos_positions(grid_size, self.embed_dim, self.spatial_dims, device)[None]
+        if self.pos_embed is None:
+            return None
+        return interpolate_grid(self.pos_embed, grid_size).flatten(2).transpose(1, 2)
+
+    def _angles(
+        self,
+        grid_size: tuple[int, int, int],
+        anisotropy: int,
+        spacing: list[float] | None,
+        device: torch.device | None,
+    ) -> Tensor | None:
+        """Rotary angles of a grid of tokens, 1 x L x (head_dim / 2)."""
+        if self.rope == "none":
+            return None
+        scale = (1.0, 1.0, 1.0)
+        if self.rope == "mm" and spacing is not None:
+            depth = spacing[0] * self.patch_embed.stride(anisotropy)[0] / self.patch_embed.patch_size[0]
+            scale = (depth if len(spacing) == 3 else 1.0, spacing[-2], spacing[-1])
+        return rotary_angles(grid_size, self.head_dim, self.rope, scale, device)[None]
 
 
-def vit_tiny(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 16, **options: Any) -> ViT:
-    """192 wide, 12 deep, 3 heads."""
-    return ViT(in_channels, img_size, patch_size, **{"embed_dim": 192, "depth": 12, "num_heads": 3, **options})
-
-
-def vit_small(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 16, **options: Any) -> ViT:
-    """384 wide, 12 deep, 6 heads."""
-    return ViT(in_channels, img_size, patch_size, **{"embed_dim": 384, "depth": 12, "num_heads": 6, **options})
-
-
-def vit_base(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 16, **options: Any) -> ViT:
-    """768 wide, 12 deep, 12 heads."""
-    return ViT(in_channels, img_size, patch_size, **{"embed_dim": 768, "depth": 12, "num_heads": 12, **options})
-
-
-def vit_large(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 16, **options: Any) -> ViT:
-    """1024 wide, 24 deep, 16 heads."""
-    return ViT(in_channels, img_size, patch_size, **{"embed_dim": 1024, "depth": 24, "num_heads": 16, **options})
-
-
-def vit_huge(in_channels: int = 3, img_size: Sequence[int] = (224, 224), patch_size: int = 14, **options: Any) -> ViT:
-    """1280 wide, 32 deep, 16 heads, patch 14."""
-    return ViT(in_channels, img_size, patch_size, **{"embed_dim": 1280, "depth": 32, "num_heads": 16, **options})
+def _plain(image: Tensor, spacing: list[float] | None) -> tuple[Tensor, list[float] | None]:
+    """A plain tensor, and the spacing: as given, or what a MetaTensor that was turned slices first says."""
+    if isinstance(image, MetaTensor):
+        return image.as_tensor(), spacing_of(image) if spacing is None and image.ndim == 5 else spacing
+    return image, spacing

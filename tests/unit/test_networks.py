@@ -139,7 +139,7 @@ def test_encoding_only_the_kept_tokens_equals_encoding_them_alone_in_full(size):
     torch.testing.assert_close(encoder(image, keep=everything), encoder(image))
     keep = everything[:, 1::3]
     patches = patchify(*(image[:, :, None], (1, 8, 8)) if len(size) == 2 else (image, (8, 8, 8)))
-    x = encoder.patch_embed(patches) + sincos_positions(encoder._grid, 24, len(size))
+    x = encoder.patch_embed(patches) + sincos_positions((size[0] // 8 if len(size) == 3 else 1, 4, 4), 24, len(size))
     x = torch.cat([encoder.cls_token.expand(2, -1, -1), x[:, 1::3]], dim=1)
     for block in encoder.blocks:
         x = block(x)

@@ -1,0 +1,241 @@
+"""The ViT's options, its rotary positions, its features, and images of several kinds through one set of weights."""
+
+import copy
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch.nn import functional as F
+
+from biovfm_monai.errors import InputError
+from biovfm_monai.networks import (
+    Attention,
+    DropPath,
+    ViT,
+    interpolate_grid,
+    rotary_angles,
+    rotate,
+    spad_vit_base,
+    spad_vit_large,
+)
+
+OPTIONS = {
+    "registers": {"reg_tokens": 4},
+    "layer scale": {"init_values": 0.5},
+    "drop path": {"drop_path_rate": 0.5},
+    "swiglu": {"swiglu_mlp": True},
+    "swiglu with inner norm": {"swiglu_mlp": True, "scale_mlp": True},
+    "no bias": {"qkv_bias": False},
+    "no key bias": {"k_bias": False},
+    "qk-norm": {"qk_norm": True},
+    "no final norm": {"final_norm": False},
+    "no class token": {"class_token": False},
+    "learned grid": {"pos_embed": "learn"},
+    "rope": {"pos_embed": "none", "rope": "index"},
+    "rope in mm": {"pos_embed": "none", "rope": "mm"},
+    "normalised rope": {"pos_embed": "none", "rope": "normalised", "reg_tokens": 2},
+    "spad": {"swiglu_mlp": True, "scale_mlp": True, "k_bias": False, "pos_embed": "learn", "rope": "index"},
+}  # fmt: skip
+
+
+def tiny(size=(16, 32, 32), patch=8, channels=1, **options):
+    torch.manual_seed(0)
+    return ViT(channels, size, patch, **{"embed_dim": 24, "depth": 2, "num_heads": 3, **options})
+
+
+@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS.keys())
+def options(request):
+    return request.param
+
+
+def test_every_parameter_has_a_gradient_with_every_option(options):
+    encoder = tiny(**options)
+    encoder(torch.randn(2, 1, 16, 32, 32)).square().mean().backward()
+    # Without an added term a key's bias moves no softmax, so only its gradient's existence is asked for.
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
+def test_prefix_tokens_come_first_and_are_counted(options):
+    encoder = tiny(**options)
+    assert encoder(torch.randn(2, 1, 16, 32, 32)).shape == (2, encoder.num_prefix_tokens + 32, 24)
+
+
+def test_an_encoder_with_any_option_is_rebuilt_from_its_arguments(options):
+    encoder = tiny(**options).eval()
+    again = ViT(**encoder.arguments).eval()
+    again.load_state_dict(encoder.state_dict())
+    image = torch.randn(1, 1, 16, 32, 32)
+    assert torch.equal(again(image), encoder(image))
+
+
+def test_keeping_all_tokens_in_another_order_permutes_the_output(options):
+    encoder = tiny(**options).eval()
+    image, order = torch.randn(2, 1, 16, 32, 32), torch.stack([torch.randperm(32), torch.randperm(32)])
+    n = encoder.num_prefix_tokens
+    whole, shuffled = encoder(image), encoder(image, keep=order)
+    expected = torch.stack([tokens[n:][index] for tokens, index in zip(whole, order, strict=True)])
+    torch.testing.assert_close(shuffled[:, n:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shuffled[:, :n], whole[:, :n], rtol=1e-4, atol=1e-5)
+
+
+def test_a_photo_a_volume_of_one_slice_and_the_slice_repeated_give_the_same_tokens(options):
+    encoder = tiny((16, 32, 32), 16, **options).eval()
+    photo = torch.randn(2, 1, 32, 48)
+    expected = encoder(photo)
+    torch.testing.assert_close(encoder(photo[:, :, None], anisotropy=5), expected)
+    for anisotropy, depth in enumerate((16, 8, 4, 2, 1)):
+        repeated = photo[:, :, None].expand(-1, -1, depth, -1, -1)
+        torch.testing.assert_close(encoder(repeated, anisotropy=anisotropy), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_spacing_of_an_image_sets_its_degree_of_anisotropy(options):
+    encoder = tiny(**options).eval()
+    image = torch.randn(1, 1, 4, 32, 32)
+    expected = encoder(image, anisotropy=2, spacing=[4.5, 1.0, 1.0])
+    torch.testing.assert_close(encoder(image, spacing=[4.5, 1.0, 1.0]), expected)
+    affine = torch.diag(torch.tensor([4.5, 1.0, 1.0, 1.0])).double()
+    tokens = encoder(MetaTensor(image, affine=affine))
+    torch.testing.assert_close(tokens, expected)
+    assert type(tokens) is torch.Tensor
+
+
+def test_packed_images_of_several_sizes_equal_each_on_its_own(options):
+    encoder = tiny(**options).eval()
+    images = [torch.randn(1, 16, 32, 32), torch.randn(1, 40, 24), torch.randn(1, 4, 16, 48), torch.randn(1, 40, 24)]
+    anisotropy = [0, None, 2, None]
+    packed = encoder.encode_packed(images, anisotropy)
+    for image, degree, tokens in zip(images, anisotropy, packed, strict=True):
+        torch.testing.assert_close(tokens, encoder(image[None], degree)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointed_blocks_give_the_same_gradients(options):
+    encoder = tiny(**{**options, "drop_path_rate": 0.0})
+    again, image = copy.deepcopy(encoder), torch.randn(2, 1, 16, 32, 32)
+    again.grad_checkpointing = True
+    for one in (encoder, again):
+        one(image).square().mean().backward()
+    for a, b in zip(encoder.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_features_of_the_last_block_are_the_tokens_as_a_map(options):
+    encoder = tiny(**options).eval()
+    image = torch.randn(2, 1, 16, 32, 40)
+    first, last = encoder.features(image, blocks=[0, -1])
+    expected = encoder(image)[:, encoder.num_prefix_tokens :]
+    assert first.shape == last.shape == (2, 24, 2, 4, 5)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), expected)
+    assert not torch.allclose(first, last)
+
+
+@pytest.mark.parametrize("blocks", [[], [2], [-3], [1, 0], [0, -2]])
+def test_features_of_blocks_that_are_not_there_are_refused(blocks):
+    with pytest.raises(InputError, match="ascending numbers of the encoder's 2 blocks"):
+        tiny().features(torch.randn(1, 1, 16, 32, 32), blocks)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [(spad_vit_base, 96.3 - 1.4), (spad_vit_large, 317.6 - 2.1)])
+def test_spad_presets_have_the_published_size_less_the_head_for_masked_image_modelling(preset, millions):
+    with torch.device("meta"):
+        encoder = preset()
+    width = encoder.embed_dim
+    head = (width + 1) * width + (width + 1) * 1024 + 2 * width
+    count = sum(p.numel() for p in encoder.parameters())
+    assert (count + head) / 1e6 == pytest.approx(96.3 if preset is spad_vit_base else 317.6, abs=0.1)
+
+
+# Rotary positions
+
+
+def test_rotary_angles_at_depth_zero_are_those_of_eva02_in_2d():
+    angles = rotary_angles((3, 4, 5), 64, "index").view(3, 4, 5, 32)
+    frequency = 10000 ** (-2 * torch.arange(16) / 32)
+    for y in range(4):
+        for x in range(5):
+            torch.testing.assert_close(angles[0, y, x], torch.cat([y * frequency, x * frequency]), rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_angles_follow_the_formula_in_depth_and_no_two_places_share_them():
+    angles = rotary_angles((5, 10, 10), 64, "index")
+    depth = 2333 ** (-(2 * torch.arange(16) + 1) / 32)
+    torch.testing.assert_close(angles.view(5, 10, 10, 32)[3, 0, 0], (3 * depth).repeat(2), rtol=1e-5, atol=1e-6)
+    turned = torch.cat([angles.cos(), angles.sin()], dim=1)
+    assert torch.pdist(turned).min() > 1e-3
+
+
+def test_normalised_angles_do_not_change_when_an_image_is_seen_finer_in_the_same_place():
+    coarse, fine = rotary_angles((1, 1, 1), 16, "normalised"), rotary_angles((1, 3, 3), 16, "normalised")
+    torch.testing.assert_close(fine.view(3, 3, 8)[1, 1], coarse[0])
+    corner = rotary_angles((1, 2, 2), 16, "normalised")[0]
+    expected = 2 * torch.pi * -0.5 * 100 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(corner, expected.repeat(2), rtol=1e-5, atol=1e-5)
+
+
+def test_turned_queries_and_keys_meet_by_their_distance_only():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    angles = rotary_angles((4, 4, 4), 16, "index").view(4, 4, 4, 8)
+
+    def meet(a, b):
+        turned = [rotate(x, angles[p].cos(), angles[p].sin()) for x, p in ((q, a), (k, b))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(meet((0, 1, 2), (1, 1, 0)), meet((2, 2, 3), (3, 2, 1)), rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(meet((0, 1, 2), (1, 1, 0)), meet((0, 1, 2), (0, 1, 0)))
+
+
+def test_positions_in_mm_turn_by_the_distance_in_the_body():
+    encoder = tiny(patch=(8, 8, 8), pos_embed="none", rope="mm")
+    angle = encoder._angles((4, 4, 4), 0, [1.0, 1.0, 1.0], None).view(4, 4, 4, 4)
+    thick = encoder._angles((2, 4, 4), 1, [4.0, 2.0, 2.0], None).view(2, 4, 4, 4)
+    torch.testing.assert_close(thick[1, 1, 1], angle[2, 2, 2])
+    torch.testing.assert_close(encoder._angles((4, 4, 4), 1, None, None).view(4, 4, 4, 4), angle)
+
+
+def test_rotary_positions_need_pairs_on_both_axes():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        rotary_angles((1, 2, 2), 6, "index")
+
+
+# Parts
+
+
+def test_a_learned_grid_is_resampled_like_an_image():
+    grid = torch.randn(1, 3, 1, 4, 4)
+    expected = F.interpolate(grid[:, :, 0], size=(6, 7), mode="bicubic")
+    torch.testing.assert_close(interpolate_grid(grid, (1, 6, 7))[:, :, 0], expected)
+    deep = interpolate_grid(grid.expand(-1, -1, 2, -1, -1), (5, 4, 4))
+    torch.testing.assert_close(deep, grid.expand(-1, -1, 5, -1, -1))
+
+
+def test_a_grid_of_the_same_size_stays_bit_for_bit():
+    grid = torch.randn(1, 3, 2, 4, 4)
+    assert torch.equal(interpolate_grid(grid, (2, 4, 4)), grid)
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 3]])
+def test_drop_path_leaves_whole_images_out_and_keeps_the_mean(lengths):
+    drop, x = DropPath(0.25), torch.ones(1 if lengths else 3, 10 if lengths else 4, 2)
+    assert torch.equal(drop.eval()(x, lengths), x)
+    drop.train()
+    outcomes = [drop(x, lengths) for _ in range(2000)]
+    assert torch.stack(outcomes).mean().item() == pytest.approx(1, abs=0.05)
+    for outcome in outcomes[:50]:
+        for part in outcome[0].split(lengths) if lengths else outcome:
+            assert part.unique().tolist() in ([0.0], [pytest.approx(4 / 3)])
+
+
+def test_attention_without_key_bias_equals_one_whose_key_bias_is_zero():
+    bare, full = Attention(12, 3, k_bias=False), Attention(12, 3)
+    torch.nn.init.normal_(bare.qv_bias)
+    full.load_state_dict({
+        "qkv.weight": bare.qkv.weight, "proj.weight": bare.proj.weight, "proj.bias": bare.proj.bias,
+        "qkv.bias": torch.cat([bare.qv_bias[0], torch.zeros(12), bare.qv_bias[1]]),
+    })  # fmt: skip
+    x = torch.randn(2, 7, 12)
+    torch.testing.assert_close(bare(x), full(x))
+
+
+@pytest.mark.parametrize(("name", "value"), [("pos_embed", "sine"), ("rope", "3d")])
+def test_unknown_positions_are_refused(name, value):
+    with pytest.raises(InputError, match=f"got .*'{value}'"):
+        tiny(**{name: value})
