@@ -52,6 +52,24 @@ def info(encoder: str) -> str:
     return json.dumps(encoder_info(encoder), indent=1)
 
 
+def convert(source: str, path: str, out: str, **options: object) -> str:
+    """Turn a checkpoint of another project into an encoder file.
+
+    Args:
+        source: its layout: timm (also MAE, DINO, DINOv2, MoCo v3, BioVFM), huggingface or monai.
+        path: file, or folder of Hugging Face.
+        out: encoder file to write.
+        **options: such as --in_channels 1, --volume_size [80,160,160], --num_heads 6, --mean 0.5 --std 0.5.
+    """
+    from biovfm_monai.checkpoints import convert as run  # noqa: PLC0415
+
+    known = {"in_channels", "volume_size", "inflation", "mean", "std", "num_heads", "norm_eps", "img_size"}
+    if set(options) - known:
+        raise InputError(f"--{sorted(set(options) - known)[0]} is unknown. There are {', '.join(sorted(known))}.")
+    left_out = run(source, path, out, **options)  # type: ignore[arg-type]
+    return f"{out}: ready. Left out: {', '.join(left_out) or 'nothing'}"
+
+
 def bundle(name: str, folder: str) -> str:
     """Copy a shipped bundle to FOLDER/NAME, and the overlays to FOLDER/configs, ready to edit and run.
 
@@ -73,7 +91,7 @@ def main() -> None:
     """Entry point of the `biovfm` command."""
     report_input_errors()
     sys.argv[0] = "biovfm"
-    fire.Fire({"quickstart": quickstart, "embed": embed, "info": info, "bundle": bundle})
+    fire.Fire({"quickstart": quickstart, "embed": embed, "info": info, "bundle": bundle, "convert": convert})
 
 
 if __name__ == "__main__":

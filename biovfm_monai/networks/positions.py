@@ -53,11 +53,16 @@ def sincos_positions(
     return torch.cat(parts, dim=1).float()
 
 
-def interpolate_grid(grid: Tensor, grid_size: tuple[int, int, int]) -> Tensor:
-    """Resample a learned grid, 1 x C x D x H x W, to another size: bicubic in the plane, linear along depth."""
+def interpolate_grid(grid: Tensor, grid_size: tuple[int, int, int], antialias: bool = False) -> Tensor:
+    """Resample a learned grid, 1 x C x D x H x W, to another size: bicubic in the plane, linear along depth.
+
+    With antialias as DINOv2 with registers does it (https://arxiv.org/abs/2309.16588).
+    """
     d, h, w = grid_size
     if (h, w) != (grid.shape[3], grid.shape[4]):
-        plane = F.interpolate(grid[0].transpose(0, 1), size=(h, w), mode="bicubic", align_corners=False)
+        plane = F.interpolate(
+            grid[0].transpose(0, 1), size=(h, w), mode="bicubic", align_corners=False, antialias=antialias
+        )
         grid = plane.transpose(0, 1)[None]
     if d != grid.shape[2]:
         grid = F.interpolate(grid, size=(d, h, w), mode="trilinear", align_corners=False)

@@ -36,6 +36,7 @@ class ViT(nn.Module):
         k_bias: as in `Attention`.
         norm_eps: of all norms.
         pos_embed: "sincos", fixed; "learn", a grid made for img_size and resampled for other sizes; or "none".
+        pos_antialias: how a learned grid is resampled, see `interpolate_grid`.
         rope: rotary positions in every block: "none", "index", "mm" or "normalised", as in `rotary_angles`. "mm" counts
             in patches of 1 mm voxels, so that what is as far apart in the body is turned as far.
 
@@ -68,6 +69,7 @@ class ViT(nn.Module):
         final_norm: bool = True,
         norm_eps: float = 1e-6,
         pos_embed: str = "sincos",
+        pos_antialias: bool = False,
         rope: str = "none",
     ) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class ViT(nn.Module):
             )
         self.arguments: dict[str, Any] = given | {"img_size": list(img_size), "patch_size": list(sizes)}
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, dims
-        self.img_size, self.patch_size, self.rope = tuple(img_size), sizes, rope
+        self.img_size, self.patch_size, self.rope, self.pos_antialias = tuple(img_size), sizes, rope, pos_antialias
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
         volume_patch: Any = (1, *sizes) if dims == 2 else sizes
@@ -301,7 +303,7 @@ class ViT(nn.Module):
             return sincos_positions(grid_size, self.embed_dim, self.spatial_dims, device)[None]
         if self.pos_embed is None:
             return None
-        return interpolate_grid(self.pos_embed, grid_size).flatten(2).transpose(1, 2)
+        return interpolate_grid(self.pos_embed, grid_size, self.pos_antialias).flatten(2).transpose(1, 2)
 
     def _angles(
         self,

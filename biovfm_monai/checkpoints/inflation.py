@@ -1,0 +1,76 @@
+"""An encoder of 2D images made one of volumes (https://arxiv.org/abs/1705.07750), and other numbers of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from biovfm_monai.errors import InputError
+from biovfm_monai.networks import ViT, interpolate_grid
+
+__all__ = ["inflate", "with_channels"]
+
+
+@torch.no_grad()
+def inflate(encoder: ViT, img_size: Sequence[int], patch_depth: int | None = None, mode: str = "average") -> ViT:
+    """An encoder of volumes from one of 2D images, which gives 2D images the same tokens as before.
+
+    Args:
+        encoder: of 2D images.
+        img_size: (depth, height, width) that the new one is made for.
+        patch_depth: voxels per token along depth; None for those along the height.
+        mode: "average" spreads the patch kernel over depth, so that a slice repeated gives the 2D image's tokens;
+            "center" puts it on the middle slice (or halves of it on the two).
+
+    Raises:
+        InputError: when the encoder is of volumes already, its positions are fixed, or the mode is unknown.
+    """
+    if encoder.spatial_dims != 2 or mode not in ("average", "center"):
+        raise InputError(f"inflation needs an encoder of 2D images and mode 'average' or 'center', got {mode!r}")
+    if encoder.sincos:
+        raise InputError("fixed sine-cosine positions differ in 2D and 3D. Give the encoder pos_embed 'learn' first.")
+    depth = patch_depth or encoder.patch_size[0]
+    arguments = {**encoder.arguments, "img_size": list(img_size), "patch_size": [depth, *encoder.patch_size]}
+    volume = ViT(**arguments)
+    state: dict[str, Tensor] = encoder.state_dict()
+    plane = state["patch_embed.weight"][:, None]
+    weight = torch.zeros(plane.shape[0], depth, plane.shape[2])
+    middle = slice(0, depth) if mode == "average" else slice((depth - 1) // 2, depth // 2 + 1)
+    weight[:, middle] = plane / len(range(depth)[middle])
+    state["patch_embed.weight"] = weight.flatten(1)
+    if encoder.pos_embed is not None and volume.pos_embed is not None:
+        d = volume.pos_embed.shape[2]
+        grid: Tensor = encoder.pos_embed
+        if grid.shape[3:] != volume.pos_embed.shape[3:]:
+            grid = interpolate_grid(
+                grid, (1, volume.pos_embed.shape[3], volume.pos_embed.shape[4]), encoder.pos_antialias
+            )
+        state["pos_embed"] = grid.expand(-1, -1, d, -1, -1)
+    volume.load_state_dict(state)
+    return volume.train(encoder.training)
+
+
+@torch.no_grad()
+def with_channels(encoder: ViT, in_channels: int) -> ViT:
+    """The encoder for another number of channels.
+
+    To one channel, kernels are summed: a grey image gives what it gave as equal channels. From one channel, they are
+    shared out evenly.
+
+    Raises:
+        InputError: when neither number is one.
+    """
+    given = encoder.in_channels
+    if given == in_channels:
+        return encoder
+    if 1 not in (given, in_channels):
+        raise InputError(f"cannot make {given} channels {in_channels}: one of the two must be 1.")
+    changed = ViT(**{**encoder.arguments, "in_channels": in_channels})
+    state = encoder.state_dict()
+    weight = state["patch_embed.weight"].unflatten(1, (-1, given))
+    weight = weight.sum(2, keepdim=True) if in_channels == 1 else weight.expand(-1, -1, in_channels) / in_channels
+    state["patch_embed.weight"] = weight.flatten(1)
+    changed.load_state_dict(state)
+    return changed.train(encoder.training)
