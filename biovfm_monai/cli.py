@@ -90,8 +90,15 @@ def bundle(name: str, folder: str) -> str:
 def main() -> None:
     """Entry point of the `biovfm` command."""
     report_input_errors()
-    sys.argv[0] = "biovfm"
-    fire.Fire({"quickstart": quickstart, "embed": embed, "info": info, "bundle": bundle, "convert": convert})
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments) and "--" not in arguments:
+        # A verb that takes any option would take this one, too, and begin its work.
+        arguments = [text for text in arguments if text not in ("--help", "-h")] + ["--", "--help"]
+    fire.Fire(
+        {"quickstart": quickstart, "embed": embed, "info": info, "bundle": bundle, "convert": convert},
+        command=arguments,
+        name="biovfm",
+    )
 
 
 if __name__ == "__main__":

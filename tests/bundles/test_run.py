@@ -308,6 +308,14 @@ def test_a_mistake_on_the_command_line_is_answered_in_one_line(tmp_path, argumen
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["quickstart", "convert", "embed"])
+def test_asking_a_verb_for_help_shows_it_and_does_nothing_else(tmp_path, verb):
+    done = biovfm(verb, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "SYNOPSIS" in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_quickstart_ends_with_scores_places_and_next_commands(trained, tmp_path, monkeypatch):
     root = copy_bundle(BUNDLE.name, tmp_path / "quick start")
     shutil.copytree(trained / "samples", root / "samples")
