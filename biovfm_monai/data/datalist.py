@@ -142,7 +142,8 @@ def _read_section(folder: Path, section: str) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise InputError(f'{path}: item {number} of {section!r} has no "image". Write {{"image": "path", ...}}.')
-        items.append({**entry, "image": str(folder / entry["image"])})
+        path = folder / entry["image"]
+        items.append({"modality": _folder_modality(path, folder), **entry, "image": str(path)})
     return items
 
 

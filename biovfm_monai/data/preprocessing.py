@@ -126,6 +126,8 @@ class FitSized(MapTransform):
 
 def as_volume_size(size: Sequence[int]) -> tuple[int, int, int]:
     """(height, width) or (depth, height, width) as three numbers."""
+    if isinstance(size, int) or len(size) not in (2, 3) or min(size) < 1:
+        raise InputError(f"crop_size {size} must be two or three positive numbers. Give one such as [96,96].")
     d, h, w = (1, *size) if len(size) == 2 else size
     return d, h, w
 

@@ -95,7 +95,7 @@ class RandomResizedCrop:
         """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32.
 
         Raises:
-            InputError: when a crop of several slices is to become a 2D view.
+            InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume.
         """
         image = image.float()
         if len(self.img_size) == 2:
@@ -104,6 +104,8 @@ class RandomResizedCrop:
                     f"crops of {image.shape[2]} slices do not make 2D views. Give --img_size three numbers too."
                 )
             image = image[:, :, 0]
+        elif image.shape[2] == 1 < self.img_size[0]:
+            raise InputError("crops of one slice do not make volumes. Give --crop_size three numbers too.")
         grid = F.affine_grid(maps, [image.shape[0], 1, *self.img_size], align_corners=False)
         view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return (view - self.mean) / self.std

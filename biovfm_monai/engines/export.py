@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from biovfm_monai.networks import Embedder
 
 __all__ = ["EncoderHandler"]
 
+logger = logging.getLogger(__name__)
+
 
 class EncoderHandler:
     """Write the encoder after every epoch: `encoder.safetensors`, and `model.pt` with {"model": Embedder's weights}.
+
+    What an earlier run left there is set aside as `*.before` when a run starts anew.
 
     Args:
         folder: where the two files go.
@@ -33,7 +38,15 @@ class EncoderHandler:
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
+        engine.add_event_handler(Events.STARTED, self._set_aside)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _set_aside(self, engine: PretrainingTrainer) -> None:
+        for name in ("encoder.safetensors", "model.pt"):
+            path = self.folder / name
+            if engine.step == 0 and distributed.is_main() and path.exists():
+                path.replace(path.with_name(f"{name}.before"))
+                logger.info("%s is of an earlier run, and is now %s.before", path, name)
 
     def _save(self, engine: PretrainingTrainer) -> None:
         if not distributed.is_main():

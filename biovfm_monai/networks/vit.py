@@ -74,10 +74,14 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        dims = len(img_size)
+        dims = 0 if isinstance(img_size, int) else len(img_size)
         sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
-        if dims not in (2, 3) or len(sizes) != dims or any(n % p for n, p in zip(img_size, sizes, strict=True)):
-            raise InputError(f"img_size {tuple(img_size)} must be 2 or 3 multiples of patch_size {patch_size}")
+        fits = dims in (2, 3) and len(sizes) == dims and min(sizes) > 0
+        if not fits or any(n < p or n % p for n, p in zip(img_size, sizes, strict=True)):
+            raise InputError(
+                f"img_size {img_size} must be two or three multiples of patch_size {patch_size}. "
+                "Give --img_size such as [64,64] or [32,64,64], and a --patch_size that divides it."
+            )
         if embed_dim % num_heads:
             raise InputError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")
         if pos_embed not in _POSITIONS or rope not in _ROTARY:

@@ -190,6 +190,9 @@ def test_the_loss_falls_on_real_images(trained, tmp_path):
     run_in_process(trained, steps_per_epoch=60, batch_size=32, **places)
     lines = [json.loads(line) for line in (tmp_path / "eval/log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    first = (tmp_path / "models/encoder.safetensors").read_bytes()
+    run_in_process(trained, steps_per_epoch=1, batch_size=2, **places)
+    assert (tmp_path / "models/encoder.safetensors.before").read_bytes() == first
 
 
 def cause(error):

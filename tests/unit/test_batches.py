@@ -220,3 +220,9 @@ def test_a_crop_of_several_slices_is_no_2d_view():
     view = RandomResizedCrop((8, 8))
     with pytest.raises(InputError, match=r"4 slices.*--img_size"):
         view.apply(torch.zeros(1, 1, 4, 8, 8), view.still(torch.zeros(1, 1, 4, 8, 8)))
+
+
+def test_a_crop_of_one_slice_is_no_volume():
+    view = RandomResizedCrop((4, 8, 8))
+    with pytest.raises(InputError, match=r"one slice.*--crop_size"):
+        view.apply(torch.zeros(1, 1, 1, 8, 8), torch.eye(3, 4)[None])

@@ -247,3 +247,15 @@ def test_fitting_thins_slices_evenly_and_keeps_both_ends():
     stack = torch.arange(32.0).view(1, 32, 1, 1).expand(-1, -1, 8, 8)
     image = FitSized("image", (8, 8), max_slices=4)({"image": stack})["image"]
     assert image[0, :, 0, 0].tolist() == [0, 10, 21, 31]
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (0, 1, 1), (1, -1, 1)])
+def test_a_spacing_to_resample_to_must_be_three_positive_numbers(spacing):
+    with pytest.raises(InputError, match="three positive numbers"):
+        ByModalityd("image", spacing)
+
+
+@pytest.mark.parametrize("size", [96, (96,), (0, 96)])
+def test_a_crop_size_that_means_nothing_is_refused(size):
+    with pytest.raises(InputError, match=r"crop_size .* such as \[96,96\]"):
+        RequireSized("image", size)

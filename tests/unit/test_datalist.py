@@ -254,3 +254,8 @@ def test_a_sheared_nifti_has_the_spacing_of_its_header(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), affine), tmp_path / "mri/a.nii.gz")
     (item,) = find_images(tmp_path)
     assert item["spacing"] == pytest.approx(np.linalg.norm(affine[:3, :3], axis=0), rel=1e-5)
+
+
+def test_an_item_of_a_datalist_without_modality_takes_its_folders(tmp_path):
+    (tmp_path / "datalist.json").write_text('{"training": [{"image": "mri/a.nii.gz"}]}')
+    assert load_datalist(tmp_path)[0]["modality"] == "mri"

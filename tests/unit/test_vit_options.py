@@ -239,3 +239,11 @@ def test_attention_without_key_bias_equals_one_whose_key_bias_is_zero():
 def test_unknown_positions_are_refused(name, value):
     with pytest.raises(InputError, match=f"got .*'{value}'"):
         tiny(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [(64, 8), ((64,), 8), ((60, 60), 8), ((64, 64), 0), ((4, 4), 8), ((0, 8), 8)]
+)
+def test_sizes_that_are_no_multiples_of_the_patch_are_refused_with_an_example(size, patch):
+    with pytest.raises(InputError, match=r"multiples of patch_size .* Give --img_size such as \[64,64\]"):
+        tiny(size, patch)

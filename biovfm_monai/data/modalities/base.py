@@ -20,6 +20,8 @@ from monai.transforms import (
     Transform,
 )
 
+from biovfm_monai.errors import InputError
+
 __all__ = ["EightBitd", "Resampled", "ShrinkInPlaned", "SlicesFirstd", "geometry"]
 
 # Which way the depth, height and width of a slice stack run: as a radiologist looks at axial, coronal, sagittal slices.
@@ -68,10 +70,15 @@ class Resampled(MapTransform):
     """Resample volumes, slices first, to a spacing in mm (depth, height, width); 2D images have none and stay.
 
     MONAI's own dictionary transform fails on samples with keys such as "image_id".
+
+    Raises:
+        InputError: when spacing is not three positive numbers.
     """
 
     def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
         super().__init__(keys)
+        if len(spacing) != 3 or min(spacing) <= 0:
+            raise InputError(f"spacing {spacing} must be three positive numbers, mm along depth, height and width.")
         self.resample = Spacing(pixdim=spacing, mode="bilinear")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
