@@ -118,6 +118,14 @@ def test_checkpointed_blocks_give_the_same_gradients(options):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_a_scripted_encoder_gives_the_same_tokens_of_volumes_thick_slices_and_photos(options):
+    encoder = tiny(**options).eval()
+    scripted = torch.jit.script(encoder)
+    image = torch.randn(2, 1, 16, 32, 40)
+    for arguments in ((image,), (image[:, :, :4], 2), (image[:, :, 0],)):
+        torch.testing.assert_close(scripted(*arguments), encoder(*arguments), rtol=1e-5, atol=1e-5)
+
+
 def test_features_of_the_last_block_are_the_tokens_as_a_map(options):
     encoder = tiny(**options).eval()
     image = torch.randn(2, 1, 16, 32, 40)
