@@ -1,7 +1,8 @@
-"""Exceptions for a user's mistake and a diverged run, and one way to show them without a traceback."""
+"""Exceptions for a user's mistake and a diverged run, and one way to show what ends a run without a traceback."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sys
@@ -10,6 +11,8 @@ from types import TracebackType
 __all__ = ["InputError", "NonFiniteLossError", "report_input_errors"]
 
 logger = logging.getLogger(__name__)
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 
 
 class InputError(ValueError):
@@ -21,10 +24,14 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def _message(error: BaseException | None) -> str | None:
-    """The line to show for an error, found among its causes; None when it is no error of ours."""
+    """The line to show for an error, found among its causes; None when it is a mistake of the program."""
     while error is not None:
         if isinstance(error, InputError | NonFiniteLossError):
             return str(error)
+        if isinstance(error, KeyboardInterrupt):
+            return "stopped from the keyboard. To go on from the last whole epoch, add --resume True."
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
+            return f"{error.filename}: {error.strerror}. Give another folder, or make room or the right to use it."
         # A worker of a DataLoader hands over the text of its traceback, not the exception.
         worker = re.search(rf"^{re.escape(__name__)}\.\w+: (.*)$", str(error), re.MULTILINE)
         if worker:
@@ -34,7 +41,9 @@ def _message(error: BaseException | None) -> str | None:
 
 
 def report_input_errors() -> None:
-    """Print an uncaught error of this module as one line instead of a traceback, for the rest of this process.
+    """Print what ends this process as one line instead of a traceback, unless it is a mistake of the program.
+
+    That is an error of this module, a folder that cannot be written, or the user's Ctrl-C.
 
     MONAI's config parser and transforms wrap what is raised inside them, so the chain of causes is searched.
     The whole traceback is still logged at level DEBUG.

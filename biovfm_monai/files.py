@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["require_writable", "set_aside", "write_atomically"]
+
+logger = logging.getLogger(__name__)
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder if need be, and raise OSError now, not after an hour of work, if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file of an earlier run, if there is one, to `*.before`, so that a new run does not write over it."""
+    if path.exists():
+        path.replace(path.with_name(f"{path.name}.before"))
+        logger.info("%s is of an earlier run, and is now %s.before", path, path.name)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from multiprocessing.dummy import DummyProcess
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,13 @@ __all__ = ["RandomCropDataset"]
 @lru_cache(maxsize=8)
 def _order(seed: int, turn: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, turn)).permutation(count)
+
+
+def _wait_for_readers() -> None:
+    """After a bad file MONAI leaves its other threads at work, and torch aborts a process that ends meanwhile."""
+    for thread in threading.enumerate():
+        if isinstance(thread, DummyProcess):
+            thread.join(timeout=60)
 
 
 class RandomCropDataset(Dataset[dict[str, Any]]):
@@ -49,10 +58,13 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if not data:
             raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
-        self.images = CacheDataset(
-            data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
-            as_contiguous=False,  # grey images shown as colour are in memory once
-        )  # fmt: skip
+        try:
+            self.images = CacheDataset(
+                data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
+                as_contiguous=False,  # grey images shown as colour are in memory once
+            )  # fmt: skip
+        finally:
+            _wait_for_readers()
         self.crop_size = as_volume_size(crop_size)
         self.seed = seed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import biovfm_monai
 from biovfm_monai import distributed
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.engines.trainer import PretrainingTrainer
-from biovfm_monai.files import write_atomically
+from biovfm_monai.files import set_aside, write_atomically
 from biovfm_monai.networks import Embedder
 
 __all__ = ["EncoderHandler"]
-
-logger = logging.getLogger(__name__)
 
 
 class EncoderHandler:
@@ -42,11 +39,9 @@ class EncoderHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
     def _set_aside(self, engine: PretrainingTrainer) -> None:
-        for name in ("encoder.safetensors", "model.pt"):
-            path = self.folder / name
-            if engine.step == 0 and distributed.is_main() and path.exists():
-                path.replace(path.with_name(f"{name}.before"))
-                logger.info("%s is of an earlier run, and is now %s.before", path, name)
+        if engine.step == 0 and distributed.is_main():
+            for name in ("encoder.safetensors", "model.pt"):
+                set_aside(self.folder / name)
 
     def _save(self, engine: PretrainingTrainer) -> None:
         if not distributed.is_main():

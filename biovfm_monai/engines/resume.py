@@ -12,7 +12,7 @@ from ignite.engine import Events
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.errors import InputError
-from biovfm_monai.files import write_atomically
+from biovfm_monai.files import require_writable, set_aside, write_atomically
 
 __all__ = ["StateHandler"]
 
@@ -70,7 +70,12 @@ class StateHandler:
     def _load(self, engine: PretrainingTrainer) -> None:
         # One process decides which state it is, before the others look.
         if distributed.is_main():
-            (self._set_damaged_aside if self.resume else self._set_all_aside)()
+            require_writable(self.folder)
+            if self.resume:
+                self._set_damaged_aside()
+            else:
+                for path in self._paths():
+                    set_aside(path)
         distributed.barrier()
         paths = self._paths()
         if self.resume and paths:
@@ -81,11 +86,6 @@ class StateHandler:
     def _paths(self) -> list[Path]:
         """The states that are there, newest first."""
         return [path for name in _NAMES if (path := self.folder / name).exists()]
-
-    def _set_all_aside(self) -> None:
-        for path in self._paths():
-            path.replace(path.with_name(f"{path.name}.before"))
-            logger.info("%s is of an earlier run, and is now %s.before", path, path.name)
 
     def _set_damaged_aside(self) -> None:
         """Rename damaged states up to the newest good one: the next write would keep one in place of the good one."""

@@ -241,11 +241,25 @@ def test_an_image_or_folder_that_cannot_be_used_is_named_with_a_remedy(trained, 
     assert "\n" not in message
 
 
-def test_a_users_mistake_prints_one_line_and_no_traceback(trained, tmp_path):
-    done = train(trained, "--dataset_dir", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode != 0
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--dataset_dir", "nowhere", "no such folder"),
+        ("--crop_size", "[5000,5000]", "smaller than the crop"),
+        ("--ckpt_dir", "a file/models", "Not a directory. Give another folder"),
+        ("--output_dir", "a file/eval", "Not a directory. Give another folder"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_line_and_no_traceback(trained, tmp_path, option, value, message):
+    (tmp_path / "a file").touch()
+    places = {"--output_dir": tmp_path / "eval", "--ckpt_dir": tmp_path / "models"}
+    places |= {option: value if value.startswith("[") else tmp_path / value}
+    done = train(trained, *(text for pair in places.items() for text in pair), cwd=tmp_path)
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if "nowhere" in line][-1].startswith("error: ")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
 
 
 def test_a_copy_from_an_installed_wheel_runs_without_the_repository(tmp_path, samples):

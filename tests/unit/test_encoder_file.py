@@ -353,3 +353,10 @@ def test_a_hook_that_was_there_before_still_gets_other_errors(monkeypatch):
     error = ValueError("no InputError")
     sys.excepthook(ValueError, error, None)
     assert seen == [(ValueError, error, None)]
+
+
+def test_a_run_stopped_from_the_keyboard_says_how_to_go_on(run, tmp_path):
+    code = "from biovfm_monai.errors import *; report_input_errors(); raise KeyboardInterrupt"
+    result = run("-c", code, cwd=tmp_path, timeout=90)
+    assert result.returncode != 0
+    assert result.stderr == "error: stopped from the keyboard. To go on from the last whole epoch, add --resume True.\n"
