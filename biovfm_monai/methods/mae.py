@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai.methods.base import SSLMethod
-from biovfm_monai.networks import Block, ViT, patchify, random_mask, sincos_positions, take_tokens, unpatchify
+from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
 
 __all__ = ["MAE"]
@@ -60,10 +60,10 @@ class MAE(SSLMethod):
 
         batch["anisotropy"], if there, is the degree of anisotropy of all its images.
         """
-        patches, grid_size, anisotropy = self._patches(batch)
-        keep, hidden = random_mask(patches.shape[0], patches.shape[1], self.mask_ratio, patches.device)
-        prediction = self._predict(patches, grid_size, anisotropy, keep, hidden)
-        target = take_tokens(patches, hidden).float()
+        patches = self._patches(batch)
+        keep, hidden = self._mask(patches)
+        prediction = self._predict(patches, keep, hidden)
+        target = take_tokens(patches.voxels, hidden).float()
         if self.norm_pix_loss:
             target = _normalise(target)[0]
         return {"loss": F.mse_loss(prediction.float(), target)}
@@ -77,41 +77,40 @@ class MAE(SSLMethod):
             predicted, given back the mean and standard deviation of the truth when norm_pix_loss took them out);
             both B x C x D x H x W.
         """
-        patches, grid_size, anisotropy = self._patches(batch)
-        keep, hidden = random_mask(patches.shape[0], patches.shape[1], self.mask_ratio, patches.device)
-        prediction = self._predict(patches, grid_size, anisotropy, keep, hidden).to(patches.dtype)
+        patches = self._patches(batch)
+        keep, hidden = self._mask(patches)
+        prediction = self._predict(patches, keep, hidden).to(patches.voxels.dtype)
         if self.norm_pix_loss:
-            _, mean, std = _normalise(take_tokens(patches, hidden))
+            _, mean, std = _normalise(take_tokens(patches.voxels, hidden))
             prediction = prediction * std + mean
         index = hidden[..., None].expand_as(prediction)
-        stride = self.encoder.patch_embed.stride(anisotropy)
-        masked = patches.scatter(1, index, 0.0)
-        return unpatchify(masked, stride, grid_size), unpatchify(
-            masked.scatter(1, index, prediction), stride, grid_size
-        )
+        stride = self.encoder.patch_embed.stride(patches.anisotropy)
+        masked = patches.voxels.scatter(1, index, 0.0)
+        filled = masked.scatter(1, index, prediction)
+        return unpatchify(masked, stride, patches.grid_size), unpatchify(filled, stride, patches.grid_size)
 
-    def _patches(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int, int], int]:
+    def _patches(self, batch: Mapping[str, Tensor]) -> Patches:
         given = batch.get("anisotropy")
-        image, anisotropy = self.encoder.prepare(batch["image"], None if given is None else int(given))
-        grid_size = self.encoder.grid_size(image, anisotropy)
-        return patchify(image, self.encoder.patch_embed.stride(anisotropy)), grid_size, anisotropy
+        return self.encoder.patchify(batch["image"], None if given is None else int(given))
 
-    def _predict(
-        self, patches: Tensor, grid_size: tuple[int, int, int], anisotropy: int, keep: Tensor, hidden: Tensor
-    ) -> Tensor:
+    def _mask(self, patches: Patches) -> tuple[Tensor, Tensor]:
+        b, length = patches.voxels.shape[:2]
+        return random_mask(b, length, self.mask_ratio, patches.voxels.device)
+
+    def _predict(self, patches: Patches, keep: Tensor, hidden: Tensor) -> Tensor:
         """Predicted pixels of the hidden patches: B x hidden x voxels."""
         prefix = self.encoder.num_prefix_tokens
-        tokens = self.encoder.encode(*self.encoder.embed_patches(patches, grid_size, anisotropy, keep))[0]
+        tokens = self.encoder.encode(*self.encoder.embed(patches, keep))[0]
         visible = self.decoder_embed(tokens)
         width = visible.shape[2]
-        table = sincos_positions(grid_size, width, self.encoder.spatial_dims, visible.device).to(visible.dtype)
+        table = sincos_positions(patches.grid_size, width, self.encoder.spatial_dims, visible.device).to(visible.dtype)
         x = torch.cat(
             [visible[:, :prefix], visible[:, prefix:] + table[keep], self.mask_token.to(visible) + table[hidden]], dim=1
         )
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_norm(x[:, -hidden.shape[1] :])
-        depth, full = self.encoder.patch_embed.stride(anisotropy)[0], self.encoder.patch_embed.patch_size[0]
+        depth, full = self.encoder.patch_embed.stride(patches.anisotropy)[0], self.encoder.patch_embed.patch_size[0]
         if depth == full:
             return self.decoder_pred(x)
         weight, bias = (

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["MAX_ANISOTROPY", "anisotropy_of", "draw_anisotropy", "spacing_of"]
-
-MAX_ANISOTROPY = 5
-"""The degree of anisotropy that stands for a 2D image."""
+__all__ = ["anisotropy_of", "draw_anisotropy", "spacing_of"]
 
 
 def anisotropy_of(spacing: list[float]) -> int:

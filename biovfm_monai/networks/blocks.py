@@ -25,9 +25,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention of each image's tokens among themselves, images one after the other in a batch of one."""
-    queries, keys, values = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
-    return torch.cat([_attend(queries[n], keys[n], values[n]) for n in range(len(lengths))], dim=2)
+    """Attention of each image's tokens among themselves, images one after the other in a batch of one.
+
+    Neighbours of equal length are one batch, so that many small crops do not make many small calls.
+    """
+    parts: list[Tensor] = []
+    start, number = 0, 0
+    while number < len(lengths):
+        length, first = lengths[number], number
+        while number < len(lengths) and lengths[number] == length:
+            number += 1
+        end = start + length * (number - first)
+        rows = [x[0, :, start:end].unflatten(1, (number - first, length)).transpose(0, 1) for x in (q, k, v)]
+        parts.append(_attend(rows[0], rows[1], rows[2]).transpose(0, 1).flatten(1, 2))
+        start = end
+    return torch.cat(parts, dim=1)[None]
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ __all__ = ["Embedder"]
 
 
 class Embedder(nn.Module):
-    """Mean of an encoder's patch tokens, one vector per image.
+    """One vector per image of an encoder's tokens, by its global_pool.
 
     A 2D encoder reads a volume slice by slice; the volume's vector is the mean over its slices.
 
@@ -28,5 +28,10 @@ class Embedder(nn.Module):
         if self.encoder.spatial_dims == 2 and image.ndim == 5:
             slices = image.shape[2]
             image = image.transpose(1, 2).flatten(0, 1)
-        tokens = self.encoder(image)[:, self.encoder.num_prefix_tokens :]
-        return tokens.mean(1).unflatten(0, (-1, slices)).mean(1)
+        return self._pool(self.encoder(image)).unflatten(0, (-1, slices)).mean(1)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        if self.encoder.global_pool == "token":
+            return tokens[:, 0]
+        patches = tokens[:, self.encoder.num_prefix_tokens :]
+        return patches.mean(1) if self.encoder.global_pool == "avg" else patches.amax(1)

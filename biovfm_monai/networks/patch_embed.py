@@ -5,15 +5,16 @@ thicker than the pixels are wide gets a shorter token along depth; the kernel is
 sees, which gives exactly what the full kernel would give on the slice repeated.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript cannot read a NamedTuple's postponed ones.
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PatchEmbed", "patchify", "unpatchify"]
+__all__ = ["PatchEmbed", "Patches", "patchify", "unpatchify"]
 
 
 def patchify(image: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
@@ -38,6 +39,22 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int, int], grid_size: tup
     b, c = patches.shape[0], patches.shape[2] // (pd * ph * pw)
     cut = patches.reshape(b, gd, gh, gw, pd, ph, pw, c)
     return cut.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, c, gd * pd, gh * ph, gw * pw)
+
+
+class Patches(NamedTuple):
+    """An image cut into patches.
+
+    Attributes:
+        voxels: B x L x (depth * height * width * C) of a patch, as from `patchify`.
+        grid_size: patches along depth, height and width; L in all.
+        anisotropy: degree of anisotropy of the image, which sets the depth of a patch.
+        spacing: mm along (depth,) height and width; None when it is not known.
+    """
+
+    voxels: Tensor
+    grid_size: tuple[int, int, int]
+    anisotropy: int
+    spacing: list[float] | None
 
 
 class PatchEmbed(nn.Module):

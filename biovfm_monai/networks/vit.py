@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,16 @@ from biovfm_monai.errors import InputError
 from biovfm_monai.networks.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.networks.blocks import Block, init_weights
 from biovfm_monai.networks.masking import take_tokens
-from biovfm_monai.networks.patch_embed import PatchEmbed, patchify
+from biovfm_monai.networks.patch_embed import PatchEmbed, Patches, patchify
 from biovfm_monai.networks.positions import interpolate_grid, rotary_angles, sincos_positions
 
 __all__ = ["ViT"]
 
-_POSITIONS = ("sincos", "learn", "none")
-_ROTARY = ("none", "index", "mm", "normalised")
+_CHOICES = {
+    "pos_embed": ("sincos", "learn", "none"),
+    "rope": ("none", "index", "mm", "normalised"),
+    "global_pool": ("avg", "max", "token"),
+}
 
 
 class ViT(nn.Module):
@@ -31,21 +35,22 @@ class ViT(nn.Module):
         img_size: size the encoder is made for, (height, width) or (depth, height, width); any size whose axes are
             multiples of the patch is accepted in use. Made for volumes, it takes 2D images, too.
         patch_size: voxels per token, one number or one per axis of img_size.
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, swiglu_mlp, scale_mlp, init_values, drop_path_rate,
-            reg_tokens, class_token, final_norm: as in timm. The drop-path rate grows linearly with depth.
-        k_bias: as in `Attention`.
+        embed_dim, depth, num_heads, drop_path_rate, reg_tokens, class_token, final_norm, global_pool: as in
+            timm. The drop-path rate grows linearly with depth.
         norm_eps: of all norms.
         pos_embed: "sincos", fixed; "learn", a grid made for img_size and resampled for other sizes; or "none".
         pos_antialias: how a learned grid is resampled, see `interpolate_grid`.
         rope: rotary positions in every block: "none", "index", "mm" or "normalised", as in `rotary_angles`. "mm" counts
             in patches of 1 mm voxels, so that what is as far apart in the body is turned as far.
+        global_pool: what `Embedder` makes of the tokens: "avg" or "max" of the patches', or the class "token".
+        **block_options: mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp and init_values of `Block`.
 
     Attributes:
         grad_checkpointing: recompute each block's inside in the backward pass, to save memory.
 
     Raises:
-        InputError: when img_size is no multiple of patch_size, num_heads does not divide embed_dim, or pos_embed or
-            rope is unknown.
+        InputError: when img_size is no multiple of patch_size, num_heads does not divide embed_dim, or a choice by
+            name is unknown.
     """
 
     def __init__(
@@ -56,13 +61,6 @@ class ViT(nn.Module):
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        k_bias: bool = True,
-        qk_norm: bool = False,
-        swiglu_mlp: bool = False,
-        scale_mlp: bool = False,
-        init_values: float | None = None,
         drop_path_rate: float = 0.0,
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -71,53 +69,38 @@ class ViT(nn.Module):
         pos_embed: str = "sincos",
         pos_antialias: bool = False,
         rope: str = "none",
+        global_pool: str = "avg",
+        **block_options: Any,
     ) -> None:
         super().__init__()
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        dims = 0 if isinstance(img_size, int) else len(img_size)
-        sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
-        fits = dims in (2, 3) and len(sizes) == dims and min(sizes) > 0
-        if not fits or any(n < p or n % p for n, p in zip(img_size, sizes, strict=True)):
-            raise InputError(
-                f"img_size {img_size} must be two or three multiples of patch_size {patch_size}. "
-                "Give --img_size such as [64,64] or [32,64,64], and a --patch_size that divides it."
-            )
-        if embed_dim % num_heads:
-            raise InputError(f"num_heads {num_heads} must divide embed_dim {embed_dim}")
-        if pos_embed not in _POSITIONS or rope not in _ROTARY:
-            raise InputError(
-                f"pos_embed must be one of {_POSITIONS} and rope of {_ROTARY}, got {pos_embed!r}, {rope!r}"
-            )
-        self.arguments: dict[str, Any] = given | {"img_size": list(img_size), "patch_size": list(sizes)}
-        self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, dims
-        self.img_size, self.patch_size, self.rope, self.pos_antialias = tuple(img_size), sizes, rope, pos_antialias
+        own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "block_options")}
+        sizes = _check(own)
+        self.arguments: dict[str, Any] = {
+            **own, "img_size": list(img_size), "patch_size": list(sizes), **_block_defaults(), **block_options,
+        }  # fmt: skip
+        self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, len(sizes)
+        self.img_size, self.patch_size, self.head_dim = tuple(img_size), sizes, embed_dim // num_heads
+        self.rope, self.pos_antialias, self.global_pool = rope, pos_antialias, global_pool
         self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.sincos = pos_embed == "sincos"
         self.grad_checkpointing = False
-        volume_patch: Any = (1, *sizes) if dims == 2 else sizes
-        self.patch_embed = PatchEmbed(in_channels, volume_patch, embed_dim)
-        self.head_dim, self.sincos = embed_dim // num_heads, pos_embed == "sincos"
+        self.patch_embed = PatchEmbed(in_channels, _in_3d(sizes), embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        full_size = (1, *img_size) if dims == 2 else tuple(img_size)
-        grid = tuple(n // p for n, p in zip(full_size, self.patch_embed.patch_size, strict=True))
+        grid = [n // p for n, p in zip(_in_3d(self.img_size), self.patch_embed.patch_size, strict=True)]
         self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *grid)) if pos_embed == "learn" else None
+        rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp, init_values,
-                drop_path_rate * number / max(depth - 1, 1), norm_eps,
-            )
-            for number in range(depth)
-        )  # fmt: skip
+            Block(embed_dim, num_heads, drop_path=rate, norm_eps=norm_eps, **block_options) for rate in rates
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
         self.apply(init_weights)
         for tokens in (self.cls_token, self.reg_token, self.pos_embed):
             if tokens is not None:
                 nn.init.trunc_normal_(tokens, std=0.02)
 
-    def prepare(
-        self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None
-    ) -> tuple[Tensor, int]:
-        """Check an image and read it as a volume.
+    def patchify(self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None) -> Patches:
+        """Check an image, and cut it into patches.
 
         Args:
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
@@ -125,13 +108,12 @@ class ViT(nn.Module):
                 image and 0 for a volume.
             spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
 
-        Returns:
-            B x C x D x H x W and the degree of anisotropy.
-
         Raises:
             ValueError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
                 `anisotropy_of`.
         """
+        if not torch.jit.is_scripting():
+            image, spacing = _plain(image, spacing)
         plane = image.ndim == 4
         if anisotropy is None:
             anisotropy = 5 if plane else 0
@@ -148,40 +130,26 @@ class ViT(nn.Module):
         stride = self.patch_embed.stride(anisotropy)
         if image.shape[2] % stride[0] or image.shape[3] % stride[1] or image.shape[4] % stride[2]:
             raise ValueError(f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}")
-        return image, anisotropy
+        grid_size = (image.shape[2] // stride[0], image.shape[3] // stride[1], image.shape[4] // stride[2])
+        return Patches(patchify(image, stride), grid_size, anisotropy, spacing)
 
-    def grid_size(self, image: Tensor, anisotropy: int) -> tuple[int, int, int]:
-        """Tokens along depth, height and width of a prepared image."""
-        d, h, w = self.patch_embed.stride(anisotropy)
-        return image.shape[2] // d, image.shape[3] // h, image.shape[4] // w
-
-    def embed_patches(
-        self,
-        patches: Tensor,
-        grid_size: tuple[int, int, int],
-        anisotropy: int,
-        keep: Tensor | None = None,
-        spacing: list[float] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def embed(self, patches: Patches, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens of patches, with their positions, before the first block.
 
         Args:
-            patches: B x L x voxels, as from `patchify`.
-            grid_size: tokens along depth, height and width; L in all.
-            anisotropy: degree of anisotropy of the patches.
-            keep: B x K numbers of the patches to embed; None for all.
-            spacing: mm along (depth,) height and width, for rotary positions in mm.
+            patches: as from `patchify`.
+            keep: B x K numbers of the patches to embed; None for all L of them.
 
         Returns:
             B x (prefix + K) x embed_dim, and the rotary angles, 1 or B x (prefix + K) x (head_dim / 2); None without.
         """
-        positions = self._positions(grid_size, patches.device)
-        angles = self._angles(grid_size, anisotropy, spacing, patches.device)
+        voxels = patches.voxels
+        positions, angles = self._positions(patches.grid_size, voxels.device), self._angles(patches)
         if keep is not None:
-            patches = take_tokens(patches, keep)
+            voxels = take_tokens(voxels, keep)
             positions = None if positions is None else positions[0][keep]
             angles = None if angles is None else angles[0][keep]
-        x = self.patch_embed(patches, anisotropy)
+        x = self.patch_embed(voxels, patches.anisotropy)
         if positions is not None:
             x = x + positions
         for token in (self.reg_token, self.cls_token):
@@ -202,7 +170,7 @@ class ViT(nn.Module):
         """Run embedded tokens through the blocks and the final norm.
 
         Args:
-            x, angles: as from `embed_patches`.
+            x, angles: as from `embed`.
             lengths: tokens per image when several lie one after the other in a batch of one.
             taps: numbers of blocks whose output is wanted, too.
 
@@ -230,16 +198,10 @@ class ViT(nn.Module):
         """Encode an image: B x C x (D) x H x W to B x (prefix + L) x embed_dim, prefix tokens first.
 
         Args:
-            image: as in `prepare`.
-            anisotropy: as in `prepare`.
+            image, anisotropy, spacing: as in `patchify`.
             keep: B x K numbers of the tokens to encode, the rest is left out before the projection; None for all.
-            spacing: as in `prepare`.
         """
-        if not torch.jit.is_scripting():
-            image, spacing = _plain(image, spacing)
-        image, anisotropy = self.prepare(image, anisotropy, spacing)
-        patches = patchify(image, self.patch_embed.stride(anisotropy))
-        x, angles = self.embed_patches(patches, self.grid_size(image, anisotropy), anisotropy, keep, spacing)
+        x, angles = self.embed(self.patchify(image, anisotropy, spacing), keep)
         return self.encode(x, angles)[0]
 
     def features(
@@ -252,7 +214,7 @@ class ViT(nn.Module):
         """Outputs of blocks as spatial maps for dense decoders: B x embed_dim x grid, the final norm applied to each.
 
         Args:
-            image, anisotropy, spacing: as in `prepare`.
+            image, anisotropy, spacing: as in `patchify`.
             blocks: numbers of blocks, ascending, from 0; negative ones count from the end.
 
         Raises:
@@ -262,44 +224,10 @@ class ViT(nn.Module):
         taps = [number + depth if number < 0 else number for number in blocks]
         if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
             raise InputError(f"blocks {list(blocks)} must be ascending numbers of the encoder's {depth} blocks")
-        image, spacing = _plain(image, spacing)
-        image, anisotropy = self.prepare(image, anisotropy, spacing)
-        grid_size = self.grid_size(image, anisotropy)
-        patches = patchify(image, self.patch_embed.stride(anisotropy))
-        tapped = self.encode(*self.embed_patches(patches, grid_size, anisotropy, None, spacing), None, taps)[1]
-        return [self.norm(x)[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_size) for x in tapped]
-
-    def encode_packed(
-        self,
-        images: Sequence[Tensor],
-        anisotropy: Sequence[int | None] | None = None,
-        spacing: Sequence[list[float] | None] | None = None,
-    ) -> list[Tensor]:
-        """Encode images of different sizes and degrees of anisotropy at once, without padding.
-
-        Their tokens lie one after the other, and attend to those of their own image only.
-
-        Args:
-            images: each C x (D) x H x W.
-            anisotropy, spacing: one per image, as in `prepare`.
-
-        Returns:
-            One (prefix + L) x embed_dim per image.
-        """
-        parts: list[Tensor] = []
-        all_angles: list[Tensor] = []
-        for number, one in enumerate(images):
-            image, millimetres = _plain(one[None], None if spacing is None else spacing[number])
-            image, degree = self.prepare(image, None if anisotropy is None else anisotropy[number], millimetres)
-            patches = patchify(image, self.patch_embed.stride(degree))
-            x, angles = self.embed_patches(patches, self.grid_size(image, degree), degree, None, millimetres)
-            parts.append(x)
-            if angles is not None:
-                all_angles.append(angles)
-        lengths = [x.shape[1] for x in parts]
-        turns = torch.cat(all_angles, dim=1) if all_angles else None
-        tokens = self.encode(torch.cat(parts, dim=1), turns, lengths)[0]
-        return list(tokens[0].split(lengths))
+        patches = self.patchify(image, anisotropy, spacing)
+        tapped = self.encode(*self.embed(patches), None, taps)[1]
+        prefix = self.num_prefix_tokens
+        return [self.norm(x)[:, prefix:].transpose(1, 2).unflatten(2, patches.grid_size) for x in tapped]
 
     def _positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor | None:
         """Positions of a grid of tokens to add to them, 1 x L x embed_dim."""
@@ -309,21 +237,47 @@ class ViT(nn.Module):
             return None
         return interpolate_grid(self.pos_embed, grid_size, self.pos_antialias).flatten(2).transpose(1, 2)
 
-    def _angles(
-        self,
-        grid_size: tuple[int, int, int],
-        anisotropy: int,
-        spacing: list[float] | None,
-        device: torch.device | None,
-    ) -> Tensor | None:
-        """Rotary angles of a grid of tokens, 1 x L x (head_dim / 2)."""
+    def _angles(self, patches: Patches) -> Tensor | None:
+        """Rotary angles of patches, 1 x L x (head_dim / 2)."""
         if self.rope == "none":
             return None
-        scale = (1.0, 1.0, 1.0)
+        scale, spacing = (1.0, 1.0, 1.0), patches.spacing
         if self.rope == "mm" and spacing is not None:
-            depth = spacing[0] * self.patch_embed.stride(anisotropy)[0] / self.patch_embed.patch_size[0]
+            depth = spacing[0] * self.patch_embed.stride(patches.anisotropy)[0] / self.patch_embed.patch_size[0]
             scale = (depth if len(spacing) == 3 else 1.0, spacing[-2], spacing[-1])
-        return rotary_angles(grid_size, self.head_dim, self.rope, scale, device)[None]
+        return rotary_angles(patches.grid_size, self.head_dim, self.rope, scale, patches.voxels.device)[None]
+
+
+def _check(given: dict[str, Any]) -> tuple[int, ...]:
+    """Refuse arguments that make no encoder; the patch, one number per axis."""
+    img_size, patch_size = given["img_size"], given["patch_size"]
+    dims = 0 if isinstance(img_size, int) else len(img_size)
+    sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
+    fits = dims in (2, 3) and len(sizes) == dims and min(sizes) > 0
+    if not fits or any(n < p or n % p for n, p in zip(img_size, sizes, strict=True)):
+        raise InputError(
+            f"img_size {img_size} must be two or three multiples of patch_size {patch_size}. "
+            "Give --img_size such as [64,64] or [32,64,64], and a --patch_size that divides it."
+        )
+    if given["embed_dim"] % given["num_heads"]:
+        raise InputError(f"num_heads {given['num_heads']} must divide embed_dim {given['embed_dim']}")
+    for name, choices in _CHOICES.items():
+        if given[name] not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r}")
+    if given["global_pool"] == "token" and not given["class_token"]:
+        raise InputError("global_pool 'token' needs class_token. Pool by 'avg', or give it one.")
+    return sizes
+
+
+def _block_defaults() -> dict[str, Any]:
+    """What `Block` does unless told otherwise, so that an encoder's arguments are complete."""
+    options = inspect.signature(Block).parameters.values()
+    return {o.name: o.default for o in options if o.default is not o.empty and o.name not in ("drop_path", "norm_eps")}
+
+
+def _in_3d(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """Sizes along depth, height and width; 1 along the depth of a 2D image."""
+    return (sizes[-3] if len(sizes) == 3 else 1, sizes[-2], sizes[-1])
 
 
 def _plain(image: Tensor, spacing: list[float] | None) -> tuple[Tensor, list[float] | None]:

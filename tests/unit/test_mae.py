@@ -69,7 +69,7 @@ def test_what_visible_patches_look_like_matters_and_hidden_ones_only_as_target()
     mae = MAE(ViT(1, (32, 32), 8, embed_dim=24, depth=2, num_heads=3), 0.5, 16, 1, 2, norm_pix_loss=False)
     image = torch.randn(1, 1, 32, 32, requires_grad=True)
     torch.manual_seed(3)
-    predicted = mae._predict(*mae._patches({"image": image}), *(pair := random_mask(1, 16, 0.5)))
+    predicted = mae._predict(mae._patches({"image": image}), *(pair := random_mask(1, 16, 0.5)))
     predicted.sum().backward()
     touched = image.grad.view(4, 8, 4, 8).abs().sum((1, 3)).flatten() > 0
     assert touched[pair[0][0]].all()

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks import (
     Embedder,
     PatchEmbed,
@@ -213,6 +214,20 @@ def test_the_embedding_of_a_volume_by_a_2d_encoder_is_the_mean_over_its_slices()
     network, volume = Embedder(tiny()).eval(), torch.randn(2, 1, 3, 32, 32)
     expected = torch.stack([network(volume[:, :, i]) for i in range(3)]).mean(0)
     torch.testing.assert_close(network(volume), expected)
+
+
+@pytest.mark.parametrize(
+    ("global_pool", "expected"),
+    [("avg", lambda t: t[:, 3:].mean(1)), ("max", lambda t: t[:, 3:].amax(1)), ("token", lambda t: t[:, 0])],
+)
+def test_the_embedder_pools_as_its_encoder_says(global_pool, expected):
+    encoder, image = tiny(reg_tokens=2, global_pool=global_pool).eval(), torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(Embedder(encoder)(image), expected(encoder(image)))
+
+
+def test_pooling_by_a_class_token_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="needs class_token"):
+        tiny(class_token=False, global_pool="token")
 
 
 def test_the_embedder_can_be_scripted_by_tracing():

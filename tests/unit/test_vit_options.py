@@ -12,6 +12,7 @@ from biovfm_monai.networks import (
     Attention,
     DropPath,
     ViT,
+    encode_packed,
     interpolate_grid,
     rotary_angles,
     rotate,
@@ -101,11 +102,11 @@ def test_the_spacing_of_an_image_sets_its_degree_of_anisotropy(options):
 
 def test_packed_images_of_several_sizes_equal_each_on_its_own(options):
     encoder = tiny(**options).eval()
-    images = [torch.randn(1, 16, 32, 32), torch.randn(1, 40, 24), torch.randn(1, 4, 16, 48), torch.randn(1, 40, 24)]
-    anisotropy = [0, None, 2, None]
-    packed = encoder.encode_packed(images, anisotropy)
+    shapes = [(1, 1, 16, 32, 32), (1, 1, 40, 24), (2, 1, 24, 40), (1, 1, 4, 16, 48), (1, 1, 40, 24)]
+    images, anisotropy = [torch.randn(shape) for shape in shapes], [0, None, None, 2, None]
+    packed = encode_packed(encoder, images, anisotropy)
     for image, degree, tokens in zip(images, anisotropy, packed, strict=True):
-        torch.testing.assert_close(tokens, encoder(image[None], degree)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tokens, encoder(image, degree), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointed_blocks_give_the_same_gradients(options):
@@ -193,10 +194,14 @@ def test_turned_queries_and_keys_meet_by_their_distance_only():
 
 def test_positions_in_mm_turn_by_the_distance_in_the_body():
     encoder = tiny(patch=(8, 8, 8), pos_embed="none", rope="mm")
-    angle = encoder._angles((4, 4, 4), 0, [1.0, 1.0, 1.0], None).view(4, 4, 4, 4)
-    thick = encoder._angles((2, 4, 4), 1, [4.0, 2.0, 2.0], None).view(2, 4, 4, 4)
-    torch.testing.assert_close(thick[1, 1, 1], angle[2, 2, 2])
-    torch.testing.assert_close(encoder._angles((4, 4, 4), 1, None, None).view(4, 4, 4, 4), angle)
+
+    def angles(shape, spacing=None, anisotropy=None):
+        patches = encoder.patchify(torch.zeros(1, 1, *shape), anisotropy, spacing)
+        return encoder.embed(patches)[1][0, 1:].view(*patches.grid_size, 4)
+
+    fine, thick = angles((32, 32, 32), [1.0, 1.0, 1.0]), angles((8, 32, 32), [4.0, 2.0, 2.0])
+    torch.testing.assert_close(thick[1, 1, 1], fine[2, 2, 2])
+    torch.testing.assert_close(angles((16, 32, 32), anisotropy=1), fine)
 
 
 def test_rotary_positions_need_pairs_on_both_axes():
@@ -243,7 +248,7 @@ def test_attention_without_key_bias_equals_one_whose_key_bias_is_zero():
     torch.testing.assert_close(bare(x), full(x))
 
 
-@pytest.mark.parametrize(("name", "value"), [("pos_embed", "sine"), ("rope", "3d")])
+@pytest.mark.parametrize(("name", "value"), [("pos_embed", "sine"), ("rope", "3d"), ("global_pool", "mean")])
 def test_unknown_positions_are_refused(name, value):
     with pytest.raises(InputError, match=f"got .*'{value}'"):
         tiny(**{name: value})
