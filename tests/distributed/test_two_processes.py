@@ -10,6 +10,7 @@ import pytest
 import torch
 
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
+ENCODER = str(Path(__file__).with_name("spatially_adaptive.py"))
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -73,3 +74,20 @@ def test_two_processes_find_the_samples_that_the_first_one_writes(tmp_path):
     printed = call([*TORCHRUN, 2, "--no-python", sys.executable, "-c", SAMPLES, tmp_path / "samples"], tmp_path)
     assert printed.count("17 items") == 2, printed
     assert not list(tmp_path.glob(".samples*"))
+
+
+@pytest.fixture(scope="module")
+def encoder_alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoder") / "alone.pt"
+    call([sys.executable, ENCODER, out, "alone"], out.parent)
+    return torch.load(out)
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+def test_an_encoder_of_images_of_all_kinds_learns_the_same_when_wrapped(encoder_alone, tmp_path, wrapping):
+    call([*TORCHRUN, 2, ENCODER, tmp_path / "wrapped.pt", wrapping], tmp_path)
+    weights = torch.load(tmp_path / "wrapped.pt")
+    assert weights.keys() == encoder_alone.keys()
+    for name, expected in encoder_alone.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,6 +1,7 @@
 """The ViT's options, its rotary positions, its features, and images of several kinds through one set of weights."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -125,6 +126,34 @@ def test_a_scripted_encoder_gives_the_same_tokens_of_volumes_thick_slices_and_ph
     image = torch.randn(2, 1, 16, 32, 40)
     for arguments in ((image,), (image[:, :, :4], 2), (image[:, :, 0],)):
         torch.testing.assert_close(scripted(*arguments), encoder(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_is_one_graph_for_the_compiler(options):
+    encoder = tiny(**options)
+    torch.compiler.reset()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    image = torch.randn(2, 1, 16, 32, 40)
+    encoder.eval()
+    thick, spacing = image[:, :, :4], [4.5, 1.0, 1.0]
+    torch.testing.assert_close(compiled(thick, spacing=spacing), encoder(thick, 2, spacing=spacing))
+    encoder.train()
+    encoder.grad_checkpointing = True
+    compiled(image).square().mean().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_a_compiled_spatially_adaptive_encoder_has_the_same_tokens_and_gradients():
+    encoder = tiny(**OPTIONS["spad"], depth=1)
+    torch.compiler.reset()
+    compiled, image = torch.compile(encoder, fullgraph=True), torch.randn(2, 1, 4, 16, 16)
+    results = []
+    for network in (encoder, compiled):
+        encoder.zero_grad()
+        tokens = network(image, 2)
+        tokens.square().mean().backward()
+        results.append([tokens, *(p.grad for p in encoder.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_the_last_block_are_the_tokens_as_a_map(options):
