@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import fire
 
@@ -12,7 +13,7 @@ from biovfm_monai.errors import InputError, report_input_errors
 __all__ = ["main"]
 
 
-def quickstart(folder: str = "biovfm_quickstart", **options: object) -> str:
+def quickstart(folder: str = "biovfm_quickstart", **options: Any) -> str:
     """Pretrain on real images that come with the dependencies, and show what was learnt (about four minutes).
 
     Args:
@@ -52,22 +53,36 @@ def info(encoder: str) -> str:
     return json.dumps(encoder_info(encoder), indent=1)
 
 
-def convert(source: str, path: str, out: str, **options: object) -> str:
+def convert(source: str, path: str, out: str, **options: Any) -> str:
     """Turn a checkpoint of another project into an encoder file.
 
     Args:
-        source: its layout: timm (also MAE, DINO, DINOv2, MoCo v3, BioVFM), huggingface or monai.
+        source: its layout: biovfm, dino, dinov2, dinov3, eva02, huggingface, mae, mocov3, monai, pumit or timm.
         path: file, or folder of Hugging Face.
         out: encoder file to write.
         **options: such as --in_channels 1, --volume_size [80,160,160], --num_heads 6, --mean 0.5 --std 0.5.
     """
     from biovfm_monai.checkpoints import convert as run  # noqa: PLC0415
 
-    known = {"in_channels", "volume_size", "inflation", "mean", "std", "num_heads", "norm_eps", "img_size"}
-    if set(options) - known:
-        raise InputError(f"--{sorted(set(options) - known)[0]} is unknown. There are {', '.join(sorted(known))}.")
-    left_out = run(source, path, out, **options)  # type: ignore[arg-type]
+    left_out = run(source, path, out, **options)
     return f"{out}: ready. Left out: {', '.join(left_out) or 'nothing'}"
+
+
+def export(target: str, path: str, out: str, img_size: Any = None, anisotropy: int | None = None) -> str:
+    """Write an encoder file in another format, or all that a run has trained.
+
+    Args:
+        target: safetensors, timm, huggingface, monai, pumit, torchscript, onnx, bundle (its models/model.pt); or
+            method, with heads and teacher.
+        path: encoder file; of method, a run's models/state/latest.pt.
+        out: file to write; of huggingface, a folder.
+        img_size: of onnx, size of its input, such as [224,224].
+        anisotropy: of onnx, 0 for isotropic volumes to 5 for 2D images.
+    """
+    from biovfm_monai.checkpoints import export as run  # noqa: PLC0415
+
+    run(target, path, out, img_size, anisotropy)
+    return f"{out}: ready."
 
 
 def bundle(name: str, folder: str) -> str:
@@ -95,7 +110,14 @@ def main() -> None:
         # A verb that takes any option would take this one, too, and begin its work.
         arguments = [text for text in arguments if text not in ("--help", "-h")] + ["--", "--help"]
     fire.Fire(
-        {"quickstart": quickstart, "embed": embed, "info": info, "bundle": bundle, "convert": convert},
+        {
+            "quickstart": quickstart,
+            "embed": embed,
+            "info": info,
+            "bundle": bundle,
+            "convert": convert,
+            "export": export,
+        },
         command=arguments,
         name="biovfm",
     )

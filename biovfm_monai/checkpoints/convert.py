@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from biovfm_monai.checkpoints.conversion import read_weights
 from biovfm_monai.checkpoints.encoder import save_encoder
+from biovfm_monai.checkpoints.huggingface import read_config
 from biovfm_monai.checkpoints.inflation import inflate, with_channels
+from biovfm_monai.checkpoints.read import read_weights
 from biovfm_monai.errors import InputError
 
 __all__ = ["convert"]
@@ -44,38 +45,33 @@ def convert(
     Raises:
         InputError: when the checkpoint cannot be read, is of another layout, or holds what no encoder can take.
     """
-    from biovfm_monai import checkpoints  # noqa: PLC0415 - its names are the list of sources
-
-    sources = [name.removeprefix("from_") for name in checkpoints.__all__ if name.startswith("from_")]
-    if source not in sources:
-        raise InputError(f"source {source!r} is unknown. Give one of {', '.join(sources)}.")
+    read = _source(source, options)
+    tensors = read_weights(path)
+    if source == "huggingface":
+        options = read_config(Path(path)) | options
     try:
-        encoder, dropped = getattr(checkpoints, f"from_{source}")(read_weights(path), **_config(Path(path)), **options)
+        encoder, dropped = read(tensors, **options)
+        if in_channels is not None:
+            encoder = with_channels(encoder, in_channels)
+        if volume_size is not None:
+            encoder = inflate(encoder, volume_size, mode=inflation)
     except InputError as error:
-        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    except TypeError as error:
-        raise InputError(f"source {source!r} does not take these options ({error}).") from error
-    if in_channels is not None:
-        encoder = with_channels(encoder, in_channels)
-    if volume_size is not None:
-        encoder = inflate(encoder, volume_size, mode=inflation)
+        raise InputError(f"{path}: {error}") from error
     preprocessing = {"mean": mean, "std": std} if mean is not None and std is not None else {}
     save_encoder(encoder, out, preprocessing, {"converted_from": source, "file": Path(path).name, "left_out": dropped})
     return dropped
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """What shapes do not tell, from the config.json beside Hugging Face's weights.
+def _source(name: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function that reads a layout, once it is known to take the options."""
+    from biovfm_monai import checkpoints  # noqa: PLC0415 - its names are the list of sources
 
-    Raises:
-        InputError: when the network computes what `ViT` does not.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
-    gated = config.get("use_gated_mlp", False)
-    activation = config.get("hidden_act", "gelu")
-    if activation != ("silu" if gated else "gelu"):
-        raise InputError(f"{file}: hidden_act {activation!r} is not what our {'SwiGLU' if gated else 'MLP'} computes.")
-    return {"num_heads": config.get("num_attention_heads"), "norm_eps": config.get("layer_norm_eps")}
+    sources = [known.removeprefix("from_") for known in checkpoints.__all__ if known.startswith("from_")]
+    if name not in sources:
+        raise InputError(f"source {name!r} is unknown. Give one of {', '.join(sources)}.")
+    read: Callable[..., Any] = getattr(checkpoints, f"from_{name}")
+    given = [*inspect.signature(convert).parameters][3:-1] + [*inspect.signature(read).parameters][1:]
+    for option in options:
+        if option not in given:
+            raise InputError(f"--{option} is unknown for {name}. There are {', '.join(given)}.")
+    return read

@@ -13,13 +13,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from biovfm_monai import networks
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 from biovfm_monai.networks import ViT
 
-__all__ = ["build_encoder", "encoder_info", "load_encoder", "save_encoder"]
+__all__ = ["build_encoder", "encoder_info", "load_encoder", "load_exactly", "save_encoder"]
 
 _HEADER = "biovfm_monai"
 _PREFIX = "biovfm_monai.networks."
@@ -107,6 +108,16 @@ def load_encoder(path: str | Path) -> ViT:
     encoder = build_encoder(path)
     with safe_open(Path(path), framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    load_exactly(encoder, state, str(path))
+    return encoder.eval()
+
+
+def load_exactly(encoder: ViT, state: Mapping[str, Tensor], where: str) -> None:
+    """Load weights that fit an encoder tensor by tensor.
+
+    Raises:
+        InputError: listing every missing, unexpected or differently shaped one.
+    """
     expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
@@ -116,8 +127,5 @@ def load_encoder(path: str | Path) -> ViT:
         if name in state and state[name].shape != shape
     ]
     if problems:
-        raise InputError(
-            f"{path}: the weights are of another architecture than the header says: {'; '.join(problems)}."
-        )
+        raise InputError(f"{where}: the weights are of another architecture: {'; '.join(problems)}.")
     encoder.load_state_dict(state)
-    return encoder.eval()

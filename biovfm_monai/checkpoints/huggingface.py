@@ -1,21 +1,25 @@
 """Weights of Hugging Face's ViT, ViTMAE, Dinov2 (with registers) and DINOv3ViT.
 
-https://huggingface.co/docs/transformers; only files are read, the package is not needed.
+https://huggingface.co/docs/transformers; only files are read and written, the package is not needed.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from biovfm_monai.checkpoints.conversion import Weights, build, take_vit
+from biovfm_monai.checkpoints.layout import Weights, build, give_vit, interleave, require, take_vit
+from biovfm_monai.checkpoints.read import renamed
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["from_huggingface"]
+__all__ = ["from_huggingface", "read_config", "to_huggingface"]
 
 _TOKENS = {
     "cls_token": "embeddings.cls_token",
@@ -47,18 +51,23 @@ _DINOV3 = _TOKENS | {
     "patch_embed.{k}": "embeddings.patch_embeddings.{k}",
     "blocks.{n}.norm1.{k}": "layer.{n}.norm1.{k}",
     "blocks.{n}.attn.qkv.weight": " ".join(f"layer.{{n}}.attention.{part}_proj.weight" for part in "qkv"),
-    "blocks.{n}.attn.qv_bias": "layer.{n}.attention.q_proj.bias layer.{n}.attention.v_proj.bias",
+    "blocks.{n}.attn.qv_bias": "layer.{n}.attention.q_proj.bias layer.{n}.attention.v_proj.bias?",
     "blocks.{n}.attn.proj.{k}": "layer.{n}.attention.o_proj.{k}",
     "blocks.{n}.ls1.gamma": "layer.{n}.layer_scale1.lambda1",
     "blocks.{n}.norm2.{k}": "layer.{n}.norm2.{k}",
+    "blocks.{n}.mlp.fc1.{k}": "layer.{n}.mlp.up_proj.{k}",
     "blocks.{n}.mlp.fc2.{k}": "layer.{n}.mlp.down_proj.{k}",
     "blocks.{n}.ls2.gamma": "layer.{n}.layer_scale2.lambda1",
     "norm.{k}": "norm.{k}",
 }
+_GATED = {"blocks.{n}.mlp.fc1.{k}": "layer.{n}.mlp.gate_proj.{k} layer.{n}.mlp.up_proj.{k}"}
 
 
 def from_huggingface(
-    tensors: Mapping[str, Tensor], num_heads: int | None = None, norm_eps: float | None = None
+    tensors: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    norm_eps: float | None = None,
+    img_size: Sequence[int] | None = None,
 ) -> tuple[ViT, list[str]]:
     """An encoder from weights as `save_pretrained` writes them, and the names of what was left out.
 
@@ -66,57 +75,123 @@ def from_huggingface(
         tensors: as from `read_weights`.
         num_heads, norm_eps: as the model's config.json says; None for heads of 64 numbers, and for 1e-12 (ViT, ViTMAE),
             1e-6 (Dinov2) or 1e-5 (DINOv3).
+        img_size: height and width the model is made for; None for what its positions say.
 
     Raises:
         InputError: when a tensor is missing or unknown.
     """
-    named = {re.sub(r"^(vit|dinov2|dinov2_with_registers|model)\.", "", name): value for name, value in tensors.items()}
-    weights = Weights({_fused(name): value for name, value in named.items()}, "huggingface")
+    weights = Weights(renamed(tensors, _plain), "huggingface")
     weights.drop(r"decoder\..*", r"pooler\..*", r"classifier\..*", r"embeddings\.mask_token")
     if "layer.0.attention.q_proj.weight" in weights:
-        gated = "layer.0.mlp.gate_proj.weight" in weights
-        up = "layer.{n}.mlp.up_proj.{k}"
-        names, eps = (
-            _DINOV3 | {"blocks.{n}.mlp.fc1.{k}": f"layer.{{n}}.mlp.gate_proj.{{k}} {up}" if gated else up},
-            1e-5,
-        )
+        names, options = _DINOV3, {"norm_eps": 1e-5, "rope": "normalised", "global_pool": "token"}
+        if "layer.0.mlp.gate_proj.weight" in weights:
+            names = names | _GATED
     elif "encoder.layer.0.norm1.weight" in weights:
-        names, eps = _DINOV2, 1e-6
+        names, options = _DINOV2, {"norm_eps": 1e-6, "global_pool": "token"}
     else:
-        names, eps = _CLASSIC, 1e-12
-    state = take_vit(weights, _both(names))
+        names, options = _CLASSIC, {"norm_eps": 1e-12}
+    state = take_vit(weights, names, img_size)
     weights.finish()
-    if names is _CLASSIC or names is _DINOV2:
-        return build(state, num_heads, norm_eps=norm_eps or eps), weights.dropped
-    encoder = build(state, num_heads, norm_eps=norm_eps or eps, rope="normalised")
-    _interleave(encoder)
+    encoder = build(state, num_heads, img_size, **options | ({} if norm_eps is None else {"norm_eps": norm_eps}))
+    if encoder.rope != "none":
+        interleave(encoder)
     return encoder, weights.dropped
 
 
-def _fused(name: str) -> str:
+def _plain(name: str) -> str:
+    """Without the model's own prefix, and with one name for the layers of both kinds of MLP."""
+    name = re.sub(r"^(vit|dinov2|dinov2_with_registers|model)\.", "", name)
     return name.replace("mlp.weights_in", "mlp.fc1").replace("mlp.weights_out", "mlp.fc2")
 
 
-def _both(names: Mapping[str, str]) -> dict[str, str]:
-    """Each name with {k} once for the weight and once for the bias."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Options of `from_huggingface` that the config.json in a folder tells; none without one.
+
+    Raises:
+        InputError: when the network computes what `ViT` does not.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    gated = config.get("use_gated_mlp", False)
+    activation = config.get("hidden_act", "gelu")
+    if activation != ("silu" if gated else "gelu"):
+        raise InputError(f"{file}: hidden_act {activation!r} is not what our {'SwiGLU' if gated else 'MLP'} computes.")
+    size = config.get("image_size")
     return {
-        ours.replace("{k}", kind): theirs.replace("{k}", kind)
-        for ours, theirs in names.items()
-        for kind in ("weight", "bias")
-    }
+        "num_heads": config.get("num_attention_heads"), "norm_eps": config.get("layer_norm_eps"),
+        "img_size": [size, size] if isinstance(size, int) else size,
+    }  # fmt: skip
 
 
-@torch.no_grad()
-def _interleave(encoder: ViT) -> None:
-    """Reorder queries and keys: rotary pairs lie half a head apart there, side by side here."""
-    half = encoder.head_dim // 2
-    order = torch.arange(2 * half).view(2, half).T.flatten()
-    heads = encoder.embed_dim // encoder.head_dim
-    rows = (torch.arange(heads)[:, None] * 2 * half + order).flatten()
-    blocks: Any = encoder.blocks
-    for block in blocks:
-        weight = block.attn.qkv.weight
-        for start in (0, encoder.embed_dim):
-            part = weight[start : start + encoder.embed_dim]
-            part.copy_(part[rows].clone())
-        block.attn.qv_bias[0].copy_(block.attn.qv_bias[0][rows].clone())
+def to_huggingface(encoder: ViT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An encoder of 2D images as the weights and config of the Hugging Face model that computes the same.
+
+    That is `ViTModel`; with LayerScale `Dinov2Model`, or `Dinov2WithRegistersModel`; with normalised rotary positions
+    `DINOv3ViTModel`.
+
+    Raises:
+        InputError: when none does.
+    """
+    size, patch, arguments = encoder.img_size, encoder.patch_size, encoder.arguments
+    require(encoder, "huggingface", spatial_dims=2, class_token=True, qk_norm=False, final_norm=True, scale_mlp=False)
+    if size[0] != size[1] or patch[0] != patch[1]:
+        raise InputError(f"Hugging Face's ViTs are made for squares; this encoder's are {size} in patches of {patch}.")
+    config = {
+        "hidden_size": encoder.embed_dim, "num_hidden_layers": len(encoder.blocks), "image_size": size[0],
+        "num_attention_heads": arguments["num_heads"], "patch_size": patch[0], "num_channels": encoder.in_channels,
+        "layer_norm_eps": arguments["norm_eps"], "hidden_act": "gelu",
+    }  # fmt: skip
+    if encoder.rope == "normalised":
+        return _to_dinov3(encoder, config)
+    require(encoder, "huggingface", rope="none", k_bias=True)
+    config["qkv_bias"] = arguments["qkv_bias"]
+    if arguments["init_values"] is not None:
+        return _to_dinov2(encoder, config)
+    require(encoder, "huggingface", reg_tokens=0, swiglu_mlp=False)
+    state = give_vit(encoder, _CLASSIC, "huggingface", class_position=True)
+    return state, _named("ViT", "vit", config | {"intermediate_size": _hidden(encoder)})
+
+
+def _to_dinov2(encoder: ViT, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    width, hidden, gated = encoder.embed_dim, _hidden(encoder), encoder.arguments["swiglu_mlp"]
+    ratio = round(hidden / width * (1.5 if gated else 1))
+    if hidden != ((ratio * width * 2 // 3 + 7) // 8 * 8 if gated else ratio * width):
+        raise InputError(f"Hugging Face's Dinov2 has no MLP with {hidden} hidden numbers at a width of {width}.")
+    config |= {"mlp_ratio": ratio, "use_swiglu_ffn": gated}
+    state = give_vit(encoder, _DINOV2, "huggingface", class_position=True)
+    if gated:
+        state = renamed(state, lambda n: n.replace("mlp.fc1", "mlp.weights_in").replace("mlp.fc2", "mlp.weights_out"))
+    # The models hold a mask token that their encoders do not use.
+    state["embeddings.mask_token"] = state["embeddings.cls_token"].new_zeros(1, width)
+    registers = encoder.arguments["reg_tokens"]
+    if registers:
+        return state, _named(
+            "Dinov2WithRegisters", "dinov2_with_registers", config | {"num_register_tokens": registers}
+        )
+    return state, _named("Dinov2", "dinov2", config)
+
+
+def _to_dinov3(encoder: ViT, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    require(encoder, "huggingface", pos_embed="none", k_bias=False)
+    biased, gated = encoder.arguments["qkv_bias"], encoder.arguments["swiglu_mlp"]
+    config |= {
+        "query_bias": biased, "value_bias": biased, "key_bias": False, "use_gated_mlp": gated,
+        "intermediate_size": _hidden(encoder), "num_register_tokens": encoder.arguments["reg_tokens"],
+        "hidden_act": "silu" if gated else "gelu",
+    }  # fmt: skip
+    apart = copy.deepcopy(encoder)
+    interleave(apart, back=True)
+    state = give_vit(apart, _DINOV3 | (_GATED if gated else {}), "huggingface")
+    state["embeddings.mask_token"] = state["embeddings.cls_token"].new_zeros(1, 1, encoder.embed_dim)
+    state.setdefault("embeddings.register_tokens", state["embeddings.cls_token"].new_zeros(1, 0, encoder.embed_dim))
+    return state, _named("DINOv3ViT", "dinov3_vit", config)
+
+
+def _hidden(encoder: ViT) -> int:
+    return int(encoder.state_dict()["blocks.0.mlp.fc2.weight"].shape[1])
+
+
+def _named(model: str, model_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {"architectures": [f"{model}Model"], "model_type": model_type, **config}

@@ -7,30 +7,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.conversion import Weights, build, take_vit
+from biovfm_monai.checkpoints.layout import Weights, build, give_vit, require, take_vit
+from biovfm_monai.checkpoints.read import renamed
 from biovfm_monai.networks import ViT
 
-__all__ = ["from_monai"]
+__all__ = ["from_monai", "to_monai"]
 
 _NAMES = {
-    "patch_embed.weight": "patch_embedding.patch_embeddings.weight",
-    "patch_embed.bias": "patch_embedding.patch_embeddings.bias",
+    "patch_embed.{k}": "patch_embedding.patch_embeddings.{k}",
     "cls_token": "cls_token?",
     "pos_embed": "patch_embedding.position_embeddings",
-    "blocks.{n}.attn.qkv.weight": "blocks.{n}.attn.qkv.weight",
-    "blocks.{n}.attn.qkv.bias": "blocks.{n}.attn.qkv.bias?",
-    **{
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in {
-            "blocks.{n}.norm1": "blocks.{n}.norm1",
-            "blocks.{n}.attn.proj": "blocks.{n}.attn.out_proj",
-            "blocks.{n}.norm2": "blocks.{n}.norm2",
-            "blocks.{n}.mlp.fc1": "blocks.{n}.mlp.linear1",
-            "blocks.{n}.mlp.fc2": "blocks.{n}.mlp.linear2",
-            "norm": "norm",
-        }.items()
-        for kind in ("weight", "bias")
-    },
+    "blocks.{n}.norm1.{k}": "blocks.{n}.norm1.{k}",
+    "blocks.{n}.attn.qkv.{k}": "blocks.{n}.attn.qkv.{k}?",
+    "blocks.{n}.attn.proj.{k}": "blocks.{n}.attn.out_proj.{k}",
+    "blocks.{n}.norm2.{k}": "blocks.{n}.norm2.{k}",
+    "blocks.{n}.mlp.fc1.{k}": "blocks.{n}.mlp.linear1.{k}",
+    "blocks.{n}.mlp.fc2.{k}": "blocks.{n}.mlp.linear2.{k}",
+    "norm.{k}": "norm.{k}",
 }
 
 
@@ -51,7 +44,7 @@ def from_monai(
         InputError: when a tensor is missing or unknown, or the positions fit no such grid.
     """
     inner = any(name.startswith("vit.") for name in tensors)
-    weights = Weights({_plain(name): tensor for name, tensor in tensors.items()}, "monai")
+    weights = Weights(renamed(tensors, _plain), "monai")
     weights.drop(
         r".*\.norm_cross_attn\..*", r".*\.cross_attn\..*", r"classification_head\..*", r"decoder.*", r"mask_tokens?"
     )
@@ -64,3 +57,15 @@ def from_monai(
 def _plain(name: str) -> str:
     """UNETR's prefix, and the final norm that `MaskedAutoEncoderViT` has as its last block."""
     return re.sub(r"^blocks\.\d+\.(weight|bias)$", r"norm.\1", name.removeprefix("vit."))
+
+
+def to_monai(encoder: ViT) -> dict[str, Tensor]:
+    """An encoder as weights of MONAI's `ViT`: of classification=True when it has a class token, without the head's.
+
+    MONAI's norms add 1e-5 to the variance, whatever the encoder's norm_eps was.
+
+    Raises:
+        InputError: when MONAI's ViT has no place for something.
+    """
+    require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False, init_values=None)
+    return give_vit(encoder, _NAMES, "monai")

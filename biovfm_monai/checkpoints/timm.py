@@ -1,49 +1,41 @@
-"""Weights in timm's layout (https://github.com/huggingface/pytorch-image-models), which most ViTs share.
-
-MAE, DINO, DINOv2 with and without registers, MoCo v3 and BioVFM's both families are written in it, wrapped in sections
-and prefixes of their own.
-"""
+"""Weights in timm's layout (https://github.com/huggingface/pytorch-image-models), which most ViTs share."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.conversion import Weights, build, take_vit
+from biovfm_monai.checkpoints.layout import Weights, build, give_vit, require, take_vit
+from biovfm_monai.checkpoints.read import renamed
 from biovfm_monai.networks import ViT
 
-__all__ = ["from_timm"]
+__all__ = ["from_timm", "from_timm_layout", "to_timm"]
 
 _NAMES = {
-    "patch_embed.weight": "patch_embed.proj.weight",
-    "patch_embed.bias": "patch_embed.proj.bias",
+    "patch_embed.{k}": "patch_embed.proj.{k}",
     "cls_token": "cls_token?",
     "reg_token": "register_tokens?",
     "pos_embed": "pos_embed?",
-    "blocks.{n}.attn.qkv.weight": "blocks.{n}.attn.qkv.weight",
-    "blocks.{n}.attn.qkv.bias": "blocks.{n}.attn.qkv.bias?",
-    "blocks.{n}.mlp.fc1.weight": "blocks.{n}.mlp.fc1.weight",
-    "blocks.{n}.mlp.fc1.bias": "blocks.{n}.mlp.fc1.bias",
-    "blocks.{n}.mlp.fc2.weight": "blocks.{n}.mlp.fc2.weight",
-    "blocks.{n}.mlp.fc2.bias": "blocks.{n}.mlp.fc2.bias",
+    "blocks.{n}.norm1.{k}": "blocks.{n}.norm1.{k}",
+    "blocks.{n}.attn.qkv.{k}": "blocks.{n}.attn.qkv.{k}?",
+    "blocks.{n}.attn.q_norm.{k}": "blocks.{n}.attn.q_norm.{k}?",
+    "blocks.{n}.attn.k_norm.{k}": "blocks.{n}.attn.k_norm.{k}?",
+    "blocks.{n}.attn.proj.{k}": "blocks.{n}.attn.proj.{k}",
     "blocks.{n}.ls1.gamma": "blocks.{n}.ls1.gamma?",
+    "blocks.{n}.norm2.{k}": "blocks.{n}.norm2.{k}",
+    "blocks.{n}.mlp.fc1.{k}": "blocks.{n}.mlp.fc1.{k}",
+    "blocks.{n}.mlp.fc2.{k}": "blocks.{n}.mlp.fc2.{k}",
     "blocks.{n}.ls2.gamma": "blocks.{n}.ls2.gamma?",
-    **{
-        f"{name}.{kind}": f"{name}.{kind}"
-        for name in ("blocks.{n}.norm1", "blocks.{n}.attn.proj", "blocks.{n}.norm2", "norm")
-        for kind in ("weight", "bias")
-    },
+    "norm.{k}": "norm.{k}?",
 }
-_HEADS = (
-    r"mask_token", r"head\..*", r"fc_norm\..*", r"dino_head\..*", r"ibot_head\..*", r"decoder_.*", r"predictor\..*",
-    r"momentum_encoder\..*",
-)  # fmt: skip
 
 
 def from_timm(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[ViT, list[str]]:
-    """An encoder from weights in timm's layout, and the names of what was left out (heads, decoders, mask tokens).
+    """An encoder from timm's weights, and the names of what was left out (heads).
+
+    A model that was fine-tuned with average pooling has a norm behind the pooling only (fc_norm): its encoder has none.
 
     Args:
         tensors: as from `read_weights`.
@@ -52,14 +44,36 @@ def from_timm(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> tu
     Raises:
         InputError: when a tensor is missing or unknown.
     """
-    weights = Weights({_plain(name): tensor for name, tensor in tensors.items()}, "timm")
-    weights.drop(*_HEADS)
+    return from_timm_layout("timm", tensors, (r"head\..*", r"fc_norm\..*"), num_heads)
+
+
+def from_timm_layout(
+    source: str, tensors: Mapping[str, Tensor], drop: tuple[str, ...], num_heads: int | None, **options: Any
+) -> tuple[ViT, list[str]]:
+    """An encoder from weights in this layout, for all the sources that share it.
+
+    Args:
+        source: name of the source, for messages.
+        tensors: as from `read_weights`.
+        drop: regular expressions of what an encoder has no use for.
+        num_heads: None for heads of 64 numbers.
+        **options: of `ViT` that shapes do not tell.
+
+    Raises:
+        InputError: when a tensor is missing or unknown.
+    """
+    weights = Weights(renamed(tensors, lambda name: name.replace("reg_token", "register_tokens")), source)
+    weights.drop(*drop)
     state = take_vit(weights, _NAMES)
     weights.finish()
-    return build(state, num_heads), weights.dropped
+    return build(state, num_heads, **options), weights.dropped
 
 
-def _plain(name: str) -> str:
-    """DINOv2's chunks of blocks, its names of SwiGLU, timm's of registers, and MoCo v3's prefix."""
-    name = name.removeprefix("base_encoder.").replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2")
-    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name.replace("reg_token", "register_tokens"))
+def to_timm(encoder: ViT) -> dict[str, Tensor]:
+    """An encoder of 2D images in this layout, which the code of MAE, DINO and DINOv2 reads, too.
+
+    Raises:
+        InputError: when the layout has no place for something.
+    """
+    require(encoder, "timm", spatial_dims=2, rope="none", scale_mlp=False)
+    return give_vit(encoder, _NAMES, "timm", class_position=True)

@@ -42,6 +42,8 @@ class ViT(nn.Module):
         pos_antialias: how a learned grid is resampled, see `interpolate_grid`.
         rope: rotary positions in every block: "none", "index", "mm" or "normalised", as in `rotary_angles`. "mm" counts
             in patches of 1 mm voxels, so that what is as far apart in the body is turned as far.
+        ref_feat_shape: tokens along (depth,) height and width of a grid that "index" is scaled to, as EVA-02 does for
+            images larger than it was trained on; None to count tokens.
         global_pool: what `Embedder` makes of the tokens: "avg" or "max" of the patches', or the class "token".
         **block_options: mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp and init_values of `Block`.
 
@@ -69,6 +71,7 @@ class ViT(nn.Module):
         pos_embed: str = "sincos",
         pos_antialias: bool = False,
         rope: str = "none",
+        ref_feat_shape: list[int] | None = None,
         global_pool: str = "avg",
         **block_options: Any,
     ) -> None:
@@ -80,9 +83,9 @@ class ViT(nn.Module):
         }  # fmt: skip
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, len(sizes)
         self.img_size, self.patch_size, self.head_dim = tuple(img_size), sizes, embed_dim // num_heads
-        self.rope, self.pos_antialias, self.global_pool = rope, pos_antialias, global_pool
+        self.rope, self.ref_feat_shape, self.global_pool = rope, ref_feat_shape, global_pool
         self.num_prefix_tokens = int(class_token) + reg_tokens
-        self.sincos = pos_embed == "sincos"
+        self.sincos, self.pos_antialias = pos_embed == "sincos", pos_antialias
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_channels, _in_3d(sizes), embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
@@ -144,7 +147,7 @@ class ViT(nn.Module):
             B x (prefix + K) x embed_dim, and the rotary angles, 1 or B x (prefix + K) x (head_dim / 2); None without.
         """
         voxels = patches.voxels
-        positions, angles = self._positions(patches.grid_size, voxels.device), self._angles(patches)
+        positions, angles = self.positions(patches.grid_size, voxels.device), self._angles(patches)
         if keep is not None:
             voxels = take_tokens(voxels, keep)
             positions = None if positions is None else positions[0][keep]
@@ -229,8 +232,8 @@ class ViT(nn.Module):
         prefix = self.num_prefix_tokens
         return [self.norm(x)[:, prefix:].transpose(1, 2).unflatten(2, patches.grid_size) for x in tapped]
 
-    def _positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor | None:
-        """Positions of a grid of tokens to add to them, 1 x L x embed_dim."""
+    def positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """Positions of a grid of tokens that are added to them, 1 x L x embed_dim; None without."""
         if self.sincos:
             return sincos_positions(grid_size, self.embed_dim, self.spatial_dims, device)[None]
         if self.pos_embed is None:
@@ -241,7 +244,10 @@ class ViT(nn.Module):
         """Rotary angles of patches, 1 x L x (head_dim / 2)."""
         if self.rope == "none":
             return None
-        scale, spacing = (1.0, 1.0, 1.0), patches.spacing
+        scale, spacing, reference = (1.0, 1.0, 1.0), patches.spacing, self.ref_feat_shape
+        if self.rope == "index" and reference is not None:
+            d, h, w = patches.grid_size
+            scale = (reference[0] / d if len(reference) == 3 else 1.0, reference[-2] / h, reference[-1] / w)
         if self.rope == "mm" and spacing is not None:
             depth = spacing[0] * self.patch_embed.stride(patches.anisotropy)[0] / self.patch_embed.patch_size[0]
             scale = (depth if len(spacing) == 3 else 1.0, spacing[-2], spacing[-1])

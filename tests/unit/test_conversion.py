@@ -1,5 +1,6 @@
 """Weights of other projects: converted, and compared with the networks that they come from."""
 
+import copy
 import io
 import pickle
 
@@ -9,17 +10,20 @@ from monai.networks.nets import UNETR, MaskedAutoEncoderViT
 from monai.networks.nets import ViT as MonaiViT
 from safetensors.torch import save_file
 
+from biovfm_monai import checkpoints
 from biovfm_monai.checkpoints import (
     convert,
     encoder_info,
     from_huggingface,
     from_monai,
+    from_pumit,
     from_timm,
     inflate,
     load_encoder,
     read_weights,
     with_channels,
 )
+from biovfm_monai.checkpoints.layout import interleave
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
@@ -124,60 +128,176 @@ def test_the_encoder_of_a_monai_unetr_gives_the_same_tokens_after_conversion():
 def timm_layout(encoder):
     """An encoder's weights under the names, and in the shapes, of timm's and the official files."""
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
-    p = encoder.patch_size[0]
-    kernel = state.pop("patch_embed.weight").unflatten(1, (p, p, encoder.in_channels)).permute(0, 3, 1, 2)
-    state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = kernel, state.pop("patch_embed.bias")
-    grid = state.pop("pos_embed").flatten(2).transpose(1, 2)
-    # The class token's own position is stored apart from it.
-    place = torch.randn(1, 1, encoder.embed_dim)
-    state["cls_token"] = state["cls_token"] - place
-    state["pos_embed"] = torch.cat([place, grid], dim=1)
+    kernel = state.pop("patch_embed.weight").unflatten(1, (-1, encoder.in_channels))
+    state["patch_embed.proj.weight"] = kernel.transpose(1, 2).unflatten(2, encoder.patch_size)
+    state["patch_embed.proj.bias"] = state.pop("patch_embed.bias")
+    if encoder.spatial_dims == 2 and "pos_embed" in state:
+        # The class token's own position is stored apart from it.
+        place = torch.randn(1, 1, encoder.embed_dim)
+        state["cls_token"] = state["cls_token"] - place
+        state["pos_embed"] = torch.cat([place, state["pos_embed"].flatten(2).transpose(1, 2)], dim=1)
     if "reg_token" in state:
         state["register_tokens"] = state.pop("reg_token")
     return state
 
 
+def named(state, *pairs):
+    for ours, theirs in pairs:
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    return state
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def eva_layout(state):
+    """EVA-02's names, from timm_layout's: separate projections, and a bias of queries and of values."""
+    result = {"rope.freqs_cos": torch.zeros(16, 8), "mask_token": torch.zeros(1), "lm_head.bias": torch.zeros(3)}
+    for name, value in state.items():
+        if name.endswith("attn.qkv.weight"):
+            parts = zip("qkv", value.chunk(3), strict=True)
+            result |= {name.replace("qkv", f"{part}_proj"): matrix for part, matrix in parts}
+        elif name.endswith("qv_bias"):
+            result |= {name.replace("qv_bias", f"{part}_bias"): value[n] for n, part in enumerate("qv")}
+        elif ".mlp.fc1." in name:
+            result |= {name.replace("fc1", f"w{n + 1}"): part for n, part in enumerate(value.chunk(2))}
+        else:
+            result[name.replace("mlp.fc2", "mlp.w3").replace("mlp.norm", "mlp.ffn_ln")] = value
+    return result
+
+
+def dinov3_layout(encoder):
+    """DINOv3's names: a mask switches the keys' bias off, and rotary pairs lie half a head apart."""
+    apart = copy.deepcopy(encoder)
+    interleave(apart, back=True)
+    state = timm_layout(apart)
+    for n in range(len(encoder.blocks)):
+        q, v = state.pop(f"blocks.{n}.attn.qv_bias")
+        state[f"blocks.{n}.attn.qkv.bias"] = torch.cat([q, torch.full_like(q, 7.0), v])
+        state[f"blocks.{n}.attn.qkv.bias_mask"] = torch.ones(3 * len(q)).index_fill(
+            0, torch.arange(len(q), 2 * len(q)), 0
+        )
+        if encoder.arguments["swiglu_mlp"]:
+            for kind in ("weight", "bias"):
+                state |= {
+                    f"blocks.{n}.mlp.w{m + 1}.{kind}": part
+                    for m, part in enumerate(state.pop(f"blocks.{n}.mlp.fc1.{kind}").chunk(2))
+                }
+                state[f"blocks.{n}.mlp.w3.{kind}"] = state.pop(f"blocks.{n}.mlp.fc2.{kind}")
+    state["storage_tokens"] = state.pop("register_tokens")
+    return state | {
+        "rope_embed.periods": torch.zeros(2),
+        "mask_token": torch.zeros(1),
+        "local_cls_norm.bias": torch.zeros(1),
+    }
+
+
 def plain(**options):
-    return randomised(ViT(3, (32, 32), 8, embed_dim=32, depth=3, num_heads=4, pos_embed="learn", **options))
+    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "pos_embed": "learn"}
+    return randomised(ViT(3, **{**sizes, **options}))
 
 
+DINOV2 = {"init_values": 1.0, "global_pool": "token"}
+REGISTERS = {**DINOV2, "reg_tokens": 4, "pos_antialias": True}
+EVA = {"swiglu_mlp": True, "k_bias": False, "rope": "index"}
+DINOV3 = {**DINOV2, "reg_tokens": 4, "pos_embed": "none", "k_bias": False, "rope": "normalised", "norm_eps": 1e-5}
+PUMIT = {
+    **EVA, "scale_mlp": True, "img_size": (24, 32, 32), "norm_eps": 1e-5, "global_pool": "token",
+}  # fmt: skip
+ZERO = torch.zeros(1)
+
+# name -> source, what stands in the file for a state in timm_layout, the encoder's options
 LAYOUTS = {
-    "MAE": (lambda s: {"model": s | {"mask_token": torch.zeros(1), "decoder_pred.weight": torch.zeros(1)}}, {}),
-    "DINO": (lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}, "student": {}, "epoch": 3}, {}),
-    "DINO with heads": (
-        lambda s: {
-            "teacher": {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.mlp.0.bias": s["norm.bias"]}
-        },
-        {},
+    "timm": ("timm", lambda s: s | {"head.weight": torch.zeros(10, 32), "head.bias": ZERO}, {}),
+    "timm without bias": ("timm", lambda s: s, {"qkv_bias": False}),
+    "timm with qk-norm": ("timm", lambda s: s, {"qk_norm": True}),
+    "timm pooled by its average": (
+        "timm", lambda s: s | {"fc_norm.weight": ZERO, "fc_norm.bias": ZERO}, {"final_norm": False},
     ),
-    "DINOv2": (lambda s: s | {"mask_token": torch.zeros(1, 32)}, {"init_values": 1.0}),
-    "DINOv2 with registers": (lambda s: s, {"init_values": 1.0, "reg_tokens": 4, "pos_antialias": True}),
+    "MAE": ("mae", lambda s: {"model": s | {"mask_token": ZERO, "decoder_blocks.0.norm1.bias": ZERO}}, {}),
+    "DINO": (
+        "dino", lambda s: {"teacher": prefixed(s, "backbone."), "student": {}, "epoch": 3}, {"global_pool": "token"},
+    ),
+    "DINO with heads": (
+        "dino", lambda s: {"teacher": prefixed(s, "module.backbone.") | {"module.head.mlp.0.bias": ZERO}},
+        {"global_pool": "token"},
+    ),
+    "DINOv2": ("dinov2", lambda s: s | {"mask_token": torch.zeros(1, 32)}, DINOV2),
+    "DINOv2 with registers": ("dinov2", lambda s: s, REGISTERS),
     "DINOv2 in training": (
-        lambda s: {"teacher": {f"backbone.{k.replace('blocks.', 'blocks.0.')}": v for k, v in s.items()}},
-        {"init_values": 1.0},
+        "dinov2", lambda s: {"teacher": prefixed(named(s, ("blocks.", "blocks.0.")), "backbone.") | {
+            "dino_head.mlp.0.bias": ZERO, "ibot_head.mlp.0.bias": ZERO,
+        }}, DINOV2,
     ),
     "DINOv2 with SwiGLU": (
-        lambda s: {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in s.items()},
-        {"init_values": 1.0, "swiglu_mlp": True},
+        "dinov2", lambda s: named(s, ("mlp.fc1", "mlp.w12"), ("mlp.fc2", "mlp.w3")), {**DINOV2, "swiglu_mlp": True},
     ),
+    "DINOv3": ("dinov3", lambda s: s, DINOV3),
+    "DINOv3 with SwiGLU": ("dinov3", lambda s: s, {**DINOV3, "swiglu_mlp": True}),
     "MoCo v3": (
-        lambda s: {"state_dict": {f"module.base_encoder.{k}": v for k, v in s.items()} | {
-            "module.momentum_encoder.norm.bias": s["norm.bias"], "module.predictor.0.weight": s["norm.bias"],
-        }},
-        {},
+        "mocov3", lambda s: {"state_dict": prefixed(s, "module.base_encoder.") | {
+            "module.base_encoder.head.0.weight": ZERO, "module.momentum_encoder.norm.bias": ZERO,
+            "module.predictor.0.weight": ZERO,
+        }}, {"global_pool": "token"},
     ),
-    "timm": (lambda s: s | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}, {}),
-    "timm without bias": (lambda s: s, {"qkv_bias": False}),
+    "BioVFM-M": ("biovfm", lambda s: {"model": s | {"mask_token": ZERO, "decoder_pred.weight": ZERO}}, {}),
+    "BioVFM-D": (
+        "biovfm", lambda s: {"teacher": prefixed(s, "module.backbone.") | {"module.dino_head.mlp.0.bias": ZERO}},
+        DINOV2,
+    ),
+    "EVA-02": ("eva02", lambda s: {"module": eva_layout(s)}, {**EVA, "scale_mlp": True, "ref_feat_shape": [16, 16]}),
+    "EVA-02 of timm": (
+        "eva02",
+        lambda s: named(
+            eva_layout(s), ("q_bias", "q_proj.bias"), ("v_bias", "v_proj.bias"), ("mlp.w1", "mlp.fc1_g"),
+            ("mlp.w2", "mlp.fc1_x"), ("mlp.w3", "mlp.fc2"), ("ffn_ln", "norm"),
+        ),
+        {**EVA, "scale_mlp": True, "ref_feat_shape": [16, 16]},
+    ),
+    "EVA-02 tiny": (
+        "eva02",
+        lambda s: {
+            name: value for n, v in named(s, ("mlp.fc1", "mlp.w12"), ("mlp.fc2", "mlp.w3")).items()
+            for name, value in ([(n, v)] if "qv_bias" not in n else [
+                (n.replace("qv_bias", "q_bias"), v[0]), (n.replace("qv_bias", "v_bias"), v[1]),
+            ])
+        },
+        {**EVA, "ref_feat_shape": [16, 16]},
+    ),
+    "PUMIT": (
+        "pumit", lambda s: {"state_dict": eva_layout(s) | {"mim_head.0.weight": ZERO}, "epoch": 1}, PUMIT,
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrap", "options"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_a_file_in_an_official_layout_gives_back_the_encoder_it_was_made_from(tmp_path, wrap, options):
+@pytest.mark.parametrize(("source", "wrap", "options"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_file_in_an_official_layout_gives_back_the_encoder_it_was_made_from(tmp_path, source, wrap, options):
     expected = plain(**options)
-    torch.save(wrap(timm_layout(expected)), tmp_path / "weights.pth")
-    encoder, _ = from_timm(read_weights(tmp_path / "weights.pth"), num_heads=4)
+    layout = dinov3_layout if source == "dinov3" else timm_layout
+    torch.save(wrap(layout(expected)), tmp_path / "weights.pth")
+    encoder, _ = getattr(checkpoints, f"from_{source}")(read_weights(tmp_path / "weights.pth"), num_heads=4)
     image = torch.randn(2, 3, 32, 40)
     torch.testing.assert_close(encoder(image), expected(image), rtol=1e-5, atol=1e-5)
+    # The size it is made for, the share of the MLP and LayerScale's first value are told by shapes, or not at all.
+    untold = ("img_size", "mlp_ratio", "init_values")
+    for name, value in expected.arguments.items():
+        assert name in untold or encoder.arguments[name] == value, name
+
+
+def test_pumits_weights_see_volumes_and_thick_slices_as_they_did(tmp_path):
+    expected = plain(**PUMIT)
+    encoder, left_out = from_pumit(eva_layout(timm_layout(expected)), num_heads=4)
+    for shape, anisotropy in (((24, 32, 32), 0), ((4, 48, 32), 2)):
+        image = torch.randn(1, 3, *shape)
+        torch.testing.assert_close(encoder(image, anisotropy), expected(image, anisotropy), rtol=1e-5, atol=1e-5)
+    assert sorted(left_out) == ["lm_head.bias", "mask_token", "rope.freqs_cos"]
+
+
+def test_eva02_counts_positions_on_the_grid_it_was_trained_on(tmp_path):
+    encoder = plain(**EVA, ref_feat_shape=[4, 4])
+    fine, coarse = (encoder.embed(encoder.patchify(torch.zeros(1, 3, n, n)))[1][0, 1:] for n in (64, 32))
+    torch.testing.assert_close(fine.view(8, 8, 4)[::2, ::2], coarse.view(4, 4, 4))
 
 
 @pytest.mark.parametrize("mode", ["average", "center"])
@@ -224,12 +344,44 @@ def test_a_missing_tensor_is_named():
         from_timm(state, num_heads=4)
 
 
-@pytest.mark.parametrize(("convert", "family"), [(from_timm, "Hugging Face"), (from_monai, "Hugging Face")])
-def test_a_checkpoint_of_another_family_is_refused_with_the_name_of_its_own(convert, family):
-    with pytest.raises(InputError, match=f"It looks like {family}"):
-        convert(huggingface("Dinov2").state_dict())
-    with pytest.raises(InputError, match="It looks like timm"):
-        from_huggingface(timm_layout(plain()))
+def a_file_of(layout):
+    source, wrap, options = LAYOUTS[layout]
+    return wrap((dinov3_layout if source == "dinov3" else timm_layout)(plain(**options)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "source", "family"),
+    [
+        (lambda: huggingface("Dinov2").state_dict(), "timm", "huggingface"),
+        (lambda: huggingface("DINOv3ViT", intermediate_size=64).state_dict(), "dinov3", "huggingface"),
+        (lambda: MonaiViT(1, (16, 16), 8, num_layers=1, spatial_dims=2, **MONAI).state_dict(), "dinov2", "monai"),
+        (lambda: a_file_of("timm"), "huggingface", "timm, mae or dino"),
+        (lambda: a_file_of("timm"), "pumit", "timm, mae or dino"),
+        (lambda: a_file_of("MAE")["model"], "timm", "mae, with its decoder"),
+        (lambda: a_file_of("DINOv2"), "monai", "dinov2"),
+        (lambda: a_file_of("DINOv3"), "dinov2", "dinov3"),
+        (lambda: a_file_of("EVA-02")["module"], "mae", "pumit or eva02"),
+        (lambda: a_file_of("PUMIT")["state_dict"], "dino", "pumit or eva02"),
+        (lambda: named(a_file_of("MoCo v3")["state_dict"], ("module.", "")), "biovfm", "mocov3"),
+    ],
+)
+def test_a_checkpoint_of_another_family_is_refused_with_the_name_of_its_own(tensors, source, family):
+    with pytest.raises(InputError, match=f"the layout '.*It looks like {family}"):
+        getattr(checkpoints, f"from_{source}")(tensors(), num_heads=4)
+
+
+def test_a_file_with_a_network_and_its_average_is_not_taken_for_one(tmp_path):
+    state = timm_layout(plain())
+    torch.save(state | prefixed(state, "module."), tmp_path / "two.pth")
+    with pytest.raises(InputError, match=r"two\.pth: .* and another tensor are both 'cls_token'"):
+        read_weights(tmp_path / "two.pth")
+
+
+def test_a_tensor_that_only_some_blocks_have_is_missed():
+    state = timm_layout(plain())
+    del state["blocks.2.attn.qkv.bias"]
+    with pytest.raises(InputError, match=r"missing blocks\.2\.attn\.qkv\.bias"):
+        from_timm(state, num_heads=4)
 
 
 def test_positions_that_are_no_grid_are_refused():
@@ -301,7 +453,10 @@ def test_a_hugging_face_folder_becomes_an_encoder_file_of_volumes_with_one_chann
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dinov5", "x.pth"), "source 'dinov5' is unknown. Give one of huggingface, monai, timm"),
+        (
+            ("dinov5", "x.pth"),
+            "source 'dinov5' is unknown. Give one of biovfm, dino, dinov2, dinov3, eva02, huggingface",
+        ),
         (("timm", "x.pth"), r"x\.pth: no such checkpoint"),
     ],
 )
@@ -309,6 +464,11 @@ def test_a_conversion_that_cannot_be_made_says_why(tmp_path, arguments, message)
     with pytest.raises(InputError, match=message):
         convert(arguments[0], tmp_path / arguments[1], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_option_that_a_source_does_not_take_is_refused_with_those_it_takes(tmp_path):
+    with pytest.raises(InputError, match=r"--img_size is unknown for timm\. There are in_channels, .*std, num_heads"):
+        convert("timm", tmp_path / "x.pth", tmp_path / "out.safetensors", img_size=[32, 32])
 
 
 def test_a_network_that_computes_something_else_is_refused(tmp_path):

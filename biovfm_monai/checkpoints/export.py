@@ -1,0 +1,107 @@
+"""An encoder file to the formats of other projects, and a training state to all its weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from biovfm_monai.checkpoints.encoder import load_encoder
+from biovfm_monai.checkpoints.huggingface import to_huggingface
+from biovfm_monai.checkpoints.monai import to_monai
+from biovfm_monai.checkpoints.onnx import write_onnx
+from biovfm_monai.checkpoints.pumit import to_pumit
+from biovfm_monai.checkpoints.timm import to_timm
+from biovfm_monai.errors import InputError
+from biovfm_monai.files import write_atomically
+from biovfm_monai.networks import Embedder, ViT
+
+__all__ = ["export"]
+
+_FORMATS = ("safetensors", "timm", "huggingface", "monai", "pumit", "torchscript", "onnx", "bundle", "method")
+
+
+def export(
+    target: str,
+    path: str | Path,
+    out: str | Path,
+    img_size: Sequence[int] | None = None,
+    anisotropy: int | None = None,
+) -> None:
+    """Write an encoder file's weights in another format.
+
+    Args:
+        target: "safetensors", its tensors alone; "timm", also read by the code of MAE, DINO and DINOv2; "huggingface",
+            a folder; "monai", for MONAI's `ViT`; "pumit"; "torchscript"; "onnx"; "bundle", the models/model.pt of a
+            MONAI bundle; or "method", everything that was trained, heads and teacher too, from a state to resume from.
+        path: encoder file; of "method", the run's models/state/latest.pt.
+        out: file to write, safetensors if it ends so; of "huggingface", a folder.
+        img_size: of "onnx", size of its input; None for what the encoder was made for.
+        anisotropy: of "onnx", degree of anisotropy of its input, as in `ViT.patchify`.
+
+    Raises:
+        InputError: when the format is unknown or has no place for something, or a file cannot be used.
+    """
+    if target not in _FORMATS:
+        raise InputError(f"format {target!r} is unknown. Give one of {', '.join(_FORMATS)}.")
+    if target != "onnx" and (img_size, anisotropy) != (None, None):
+        raise InputError(f"--img_size and --anisotropy are of onnx; {target} takes images of any size.")
+    out = Path(out)
+    if target == "method":
+        _write(_trained(Path(path)), out)
+        return
+    encoder = load_encoder(path)
+    try:
+        _export(target, encoder, out, img_size, anisotropy)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None, anisotropy: int | None) -> None:
+    match target:
+        case "safetensors":
+            _write(encoder.state_dict(), out)
+        case "timm":
+            _write(to_timm(encoder), out)
+        case "monai":
+            _write(to_monai(encoder), out)
+        case "pumit":
+            _write(to_pumit(encoder), out)
+        case "huggingface":
+            state, config = to_huggingface(encoder)
+            _write(state, out / "model.safetensors")
+            with write_atomically(out / "config.json") as draft:
+                draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        case "torchscript":
+            with write_atomically(out) as draft:
+                torch.jit.script(encoder).save(draft)
+        case "onnx":
+            write_onnx(encoder, out, img_size, anisotropy)
+        case "bundle":
+            with write_atomically(out) as draft:
+                torch.save({"model": Embedder(encoder).state_dict()}, draft)
+
+
+def _write(tensors: Mapping[str, Tensor], out: Path) -> None:
+    with write_atomically(out) as draft:
+        if out.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata={"format": "pt"})
+        else:
+            torch.save(dict(tensors), draft)
+
+
+def _trained(path: Path) -> dict[str, Tensor]:
+    """The weights in a state to resume from."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True)["method"])
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file. Give a run's models/state/latest.pt.") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged, or no state to resume from. Give a run's models/state/latest.pt."
+        ) from error

@@ -1,0 +1,255 @@
+"""What all conversions of weights share: taking every tensor of a layout by name, and giving it back.
+
+A source (one file each beside this one) has a table of our names and its own. What it neither takes nor drops by name
+is an error, and so is what has no place in a layout on the way out, so that nothing is silently wrong.
+
+In a table "{n}" stands for a block's number and "{k}" for weight and bias. Query, key and value, and gate and value of
+SwiGLU, may be separate tensors there: their names with spaces between. Those that a checkpoint may lack end in "?".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biovfm_monai.checkpoints.encoder import load_exactly
+from biovfm_monai.errors import InputError
+from biovfm_monai.networks import ViT
+
+__all__ = ["Weights", "build", "give_vit", "interleave", "require", "take_vit"]
+
+_FAMILIES = {
+    "mae, with its decoder": r"decoder_blocks\.0\.",
+    "monai": r"(vit\.)?blocks\.0\.mlp\.linear1\.weight",
+    "huggingface": r"(.*\.)?(encoder\.)?layer\.0\.(attention|norm1)\.",
+    "dinov3": r"(storage_tokens|rope_embed\.periods)",
+    "pumit or eva02": r"blocks\.0\.(attn\.q_proj\.weight|attn\.q_bias|mlp\.ffn_ln\.weight)",
+    "dinov2": r"blocks\.(0\.)?0\.ls1\.gamma",
+    "mocov3": r"(base|momentum)_encoder\.blocks\.0\.",
+    "timm, mae or dino": r"blocks\.0\.attn\.qkv\.weight",
+}
+
+
+class Weights:
+    """Tensors of a checkpoint, each to be taken or dropped by name.
+
+    Args:
+        tensors: name -> tensor.
+        source: name of the layout that is expected, for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        self.names = list(tensors)
+        self.left = dict(tensors)
+        self.source = source
+        self.dropped: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.left
+
+    def take(self, name: str) -> Tensor:
+        """One tensor, as float32.
+
+        Raises:
+            InputError: when it is not there.
+        """
+        if name not in self.left:
+            raise InputError(f"no {name} in the checkpoint, so it is not of the layout {self.source!r}.{self._looks()}")
+        return self.left.pop(name).float()
+
+    def drop(self, *patterns: str) -> None:
+        """Leave out what an encoder has no use for, by regular expression."""
+        gone = [name for name in self.left if any(re.fullmatch(pattern, name) for pattern in patterns)]
+        self.dropped += gone
+        for name in gone:
+            del self.left[name]
+
+    def finish(self) -> None:
+        """Check that everything was taken or dropped.
+
+        Raises:
+            InputError: naming what was not.
+        """
+        if self.left:
+            names = sorted(self.left)
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise InputError(f"not known in the layout {self.source!r}: {shown}.{self._looks()}")
+
+    def _looks(self) -> str:
+        family = next((f for f, sign in _FAMILIES.items() if any(re.match(sign, name) for name in self.names)), None)
+        return "" if family is None or self.source in re.findall(r"\w+", family) else f" It looks like {family}."
+
+
+def _entries(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The table, with {k} once for the weight and once for the bias."""
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias") if "{k}" in ours else ("",):
+            yield ours.replace("{k}", kind), theirs.replace("{k}", kind)
+
+
+def take_vit(weights: Weights, names: Mapping[str, str], img_size: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Take an encoder's tensors in a layout that differs from ours by names only.
+
+    Args:
+        weights: of a checkpoint.
+        names: our name -> theirs, see above.
+        img_size: the positions were made for; None for a square or cube.
+
+    Returns:
+        Tensors by our names, positions as a grid, 1 x C x D x H x W; and "kernel", the patch kernel as a convolution's.
+    """
+    state: dict[str, Tensor] = {}
+    for ours, theirs in _entries(names):
+        for count in range(10_000 if "{n}" in ours else 1):
+            found = theirs.rstrip("?").replace("{n}", str(count)).split()
+            if found[0] not in weights and (count or theirs.endswith("?")):
+                break
+            state[ours.replace("{n}", str(count))] = torch.cat([weights.take(name) for name in found])
+    state["kernel"] = kernel = state["patch_embed.weight"]
+    state["patch_embed.weight"] = kernel.flatten(2).transpose(1, 2).flatten(1)
+    if "pos_embed" in state and state["pos_embed"].ndim < 5:
+        _split_positions(state, kernel, img_size)
+    return state
+
+
+def _split_positions(state: dict[str, Tensor], kernel: Tensor, img_size: Sequence[int] | None) -> None:
+    """Positions of patches become a grid; that of the class token, if there is one, is added to it."""
+    table = state["pos_embed"].reshape(1, -1, kernel.shape[0])
+    patch = kernel.shape[2:]
+    count = table.shape[1]
+    for prefix in (0, 1):
+        side = round((count - prefix) ** (1 / len(patch)))
+        grid = [side] * len(patch) if img_size is None else [n // p for n, p in zip(img_size, patch, strict=True)]
+        if math.prod(grid) == count - prefix:
+            break
+    else:
+        raise InputError(
+            f"{count} positions are no grid of {'a square or cube' if img_size is None else tuple(img_size)} in "
+            f"patches of {tuple(patch)}, with or without a class token. Give the network's --img_size."
+        )
+    if prefix:
+        state["cls_token"] = state["cls_token"].reshape(1, 1, -1) + table[:, :1]
+    volume = grid if len(grid) == 3 else [1, *grid]
+    state["pos_embed"] = table[:, prefix:].transpose(1, 2).unflatten(2, volume)
+
+
+def build(
+    state: dict[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None, **options: Any
+) -> ViT:
+    """The encoder that tensors from `take_vit` make.
+
+    Learned positions beside registers mean DINOv2 with registers, whose positions are resampled with antialiasing.
+
+    Args:
+        state: as from `take_vit`.
+        num_heads: None for heads of 64 numbers, which published ViTs have but for some huge ones.
+        img_size: what the encoder is made for where positions do not tell; None for 224 or a little less.
+        **options: of `ViT` that shapes do not tell.
+
+    Raises:
+        InputError: when the heads cannot be told, or tensors are missing.
+    """
+    state = {name: tensor for name, tensor in state.items() if tensor.numel()}
+    kernel = state.pop("kernel")
+    width, channels, *patch = kernel.shape
+    if "pos_embed" in state:
+        img_size = [g * p for g, p in zip(state["pos_embed"].shape[-len(patch) :], patch, strict=True)]
+    if num_heads is None and width % 64:
+        raise InputError(f"cannot tell the number of heads of a width of {width}. Give --num_heads.")
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    encoder = ViT(
+        channels,
+        img_size or [224 // p * p for p in patch],
+        patch,
+        width,
+        depth=sum(name.endswith("norm1.weight") for name in state),
+        num_heads=num_heads or {1280: 16, 1408: 16}.get(width, width // 64),
+        mlp_ratio=math.nextafter(hidden / width, math.inf),
+        qkv_bias="blocks.0.attn.qkv.bias" in state or "blocks.0.attn.qv_bias" in state,
+        k_bias="blocks.0.attn.qv_bias" not in state,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        swiglu_mlp=state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden,
+        scale_mlp="blocks.0.mlp.norm.weight" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        class_token="cls_token" in state,
+        reg_tokens=state["reg_token"].shape[-2] if "reg_token" in state else 0,
+        final_norm="norm.weight" in state,
+        pos_embed="learn" if "pos_embed" in state else "none",
+        pos_antialias="pos_embed" in state and "reg_token" in state,
+        **options,
+    )
+    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    fitted = {
+        n: t.reshape(shapes[n]) if n in shapes and t.numel() == shapes[n].numel() else t for n, t in state.items()
+    }
+    load_exactly(encoder, fitted, "the checkpoint")
+    return encoder.eval()
+
+
+def require(encoder: ViT, layout: str, **arguments: Any) -> None:
+    """Check that an encoder computes what networks of a layout compute.
+
+    Raises:
+        InputError: naming the first argument that differs.
+    """
+    for name, value in arguments.items():
+        given = getattr(encoder, name, None) if name == "spatial_dims" else encoder.arguments[name]
+        if given != value:
+            raise InputError(f"an encoder with {name} {given!r} cannot be written as {layout}, which has {value!r}.")
+
+
+def give_vit(encoder: ViT, names: Mapping[str, str], layout: str, class_position: bool = False) -> dict[str, Tensor]:
+    """An encoder's tensors by their names in a layout, the way back of `take_vit`.
+
+    Positions, fixed ones too, are written as a table for the encoder's img_size.
+
+    Args:
+        encoder: of the weights.
+        names: as in `take_vit`.
+        layout: its name, for messages.
+        class_position: whether the table begins with the class token's position, which is zero.
+
+    Raises:
+        InputError: when a tensor has no place there.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
+    patch = encoder.patch_size
+    kernel = state["patch_embed.weight"].unflatten(1, (-1, encoder.in_channels)).transpose(1, 2).unflatten(2, patch)
+    state["patch_embed.weight"] = kernel
+    grid = [n // p for n, p in zip(encoder.img_size, patch, strict=True)]
+    d, h, w = grid if len(grid) == 3 else (1, *grid)
+    table = encoder.positions((d, h, w), torch.device("cpu"))
+    if table is not None:
+        first = table.new_zeros(1, int(class_position and encoder.cls_token is not None), encoder.embed_dim)
+        state["pos_embed"] = torch.cat([first, table.detach()], dim=1)
+    given: dict[str, Tensor] = {}
+    for ours, theirs in _entries(names):
+        for count in range(len(encoder.blocks) if "{n}" in ours else 1):
+            tensor = state.pop(ours.replace("{n}", str(count)), None)
+            if tensor is not None:
+                parts = theirs.rstrip("?").replace("{n}", str(count)).split()
+                # Biases of queries and values are the rows of one tensor.
+                rows = tensor.flatten() if ours.endswith("qv_bias") else tensor
+                given |= {n: t.contiguous() for n, t in zip(parts, rows.chunk(len(parts)), strict=True)}
+    if state:
+        raise InputError(f"the layout {layout!r} has no place for {', '.join(sorted(state)[:5])}.")
+    return given
+
+
+@torch.no_grad()
+def interleave(encoder: ViT, back: bool = False) -> None:
+    """Reorder queries and keys in place: rotary pairs that lie half a head apart come side by side; or back."""
+    half = encoder.head_dim // 2
+    order = torch.arange(2 * half).view(*((half, 2) if back else (2, half))).T.flatten()
+    heads = torch.arange(encoder.embed_dim // encoder.head_dim)
+    rows = (heads[:, None] * 2 * half + order).flatten()
+    blocks: Any = encoder.blocks
+    for block in blocks:
+        q, k, _ = block.attn.qkv.weight.chunk(3)
+        for part in (q, k, block.attn.qv_bias[0]) if block.attn.qv_bias is not None else (q, k):
+            part.copy_(part[rows].clone())

@@ -1,0 +1,254 @@
+"""Weights on their way out: read by the networks they were made for, and read back."""
+
+import json
+import logging
+
+import pytest
+import torch
+from monai.networks.nets import ViT as MonaiViT
+from safetensors.torch import load_file, save_file
+
+from biovfm_monai import checkpoints
+from biovfm_monai.checkpoints import convert, export, load_encoder, read_weights, save_encoder
+from biovfm_monai.errors import InputError
+from biovfm_monai.methods import MAE
+from biovfm_monai.networks import Embedder, ViT
+
+transformers = pytest.importorskip("transformers", reason="the reference networks are not installed (extra 'test')")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+
+
+def encoder_file(folder, **options):
+    """An encoder with random weights everywhere, and its file."""
+    torch.manual_seed(0)
+    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    encoder = ViT(**{"in_channels": 3, **sizes, **options}).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    save_encoder(encoder, folder / "encoder.safetensors")
+    return encoder, folder / "encoder.safetensors"
+
+
+DINOV3 = {"rope": "normalised", "pos_embed": "none", "k_bias": False, "init_values": 1.0, "norm_eps": 1e-5}
+HUGGING_FACE = {
+    "ViT": ("ViTModel", {"pos_embed": "learn"}),
+    "ViT with fixed positions": ("ViTModel", {}),
+    "ViT without bias": ("ViTModel", {"qkv_bias": False}),
+    "Dinov2": ("Dinov2Model", {"pos_embed": "learn", "init_values": 1.0}),
+    "Dinov2 with SwiGLU": ("Dinov2Model", {"init_values": 1.0, "swiglu_mlp": True, "mlp_ratio": 2.75}),
+    "Dinov2 with registers": ("Dinov2WithRegistersModel", {"init_values": 1.0, "reg_tokens": 4}),
+    "DINOv3": ("DINOv3ViTModel", {**DINOV3, "reg_tokens": 4}),
+    "DINOv3 with SwiGLU": ("DINOv3ViTModel", {**DINOV3, "swiglu_mlp": True}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), HUGGING_FACE.values(), ids=HUGGING_FACE.keys())
+def test_hugging_face_reads_an_encoder_and_gives_its_tokens(tmp_path, name, options):
+    encoder, path = encoder_file(tmp_path, **options)
+    export("huggingface", path, tmp_path / "their model")
+    extra = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    model, loading = getattr(transformers, name).from_pretrained(
+        tmp_path / "their model", output_loading_info=True, **extra
+    )
+    assert not any(loading.values()), loading
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model(pixel_values=image).last_hidden_state
+        torch.testing.assert_close(tokens, encoder(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 32, 24)])
+@pytest.mark.parametrize("options", [{"class_token": False}, {"pos_embed": "learn"}, {"qkv_bias": False}])
+def test_monai_reads_an_encoder_and_gives_its_tokens(tmp_path, size, options):
+    encoder, path = encoder_file(tmp_path, img_size=size, norm_eps=1e-5, **options)
+    export("monai", path, tmp_path / "vit.pt")
+    model = MonaiViT(
+        3, size, 8, hidden_size=32, mlp_dim=128, num_layers=2, num_heads=4, spatial_dims=len(size),
+        qkv_bias=encoder.arguments["qkv_bias"], classification=encoder.arguments["class_token"],
+    ).eval()  # fmt: skip
+    problems = model.load_state_dict(torch.load(tmp_path / "vit.pt"), strict=False)
+    assert problems.unexpected_keys == []
+    assert all("cross_attn" in name or "classification_head" in name for name in problems.missing_keys)
+    model.classification_head = torch.nn.Identity()
+    image = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = model.norm(run_blocks(model, image))
+        torch.testing.assert_close(encoder(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def run_blocks(model, image):
+    """MONAI's ViT up to its final norm; its forward gives the class token alone when it has one."""
+    x = model.patch_embedding(image)
+    if hasattr(model, "cls_token"):
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+ROUND_TRIPS = {
+    "timm": ("timm", "timm", {"pos_embed": "learn"}),
+    "MAE": ("timm", "mae", {"pos_embed": "learn"}),
+    "DINOv2 with registers": ("timm", "dinov2", {"pos_embed": "learn", "init_values": 1.0, "reg_tokens": 4}),
+    "MONAI": ("monai", "monai", {"pos_embed": "learn", "img_size": (16, 16, 16)}),
+    "PUMIT": (
+        "pumit",
+        "pumit",
+        {
+            "img_size": (16, 32, 32), "pos_embed": "learn", "rope": "index", "swiglu_mlp": True, "scale_mlp": True,
+            "k_bias": False,
+        },
+    ),
+    "Hugging Face's ViT": ("huggingface", "huggingface", {"pos_embed": "learn"}),
+    "Hugging Face's Dinov2": ("huggingface", "huggingface", {"pos_embed": "learn", "init_values": 1.0}),
+    "Hugging Face's DINOv3": ("huggingface", "huggingface", {**DINOV3, "reg_tokens": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "source", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_out_and_in_and_out_again_is_the_same_file_bit_for_bit(tmp_path, target, source, options):
+    encoder, path = encoder_file(tmp_path, **options)
+    folder = target == "huggingface"
+    first, second = (tmp_path / (name if folder else f"{name}.safetensors") for name in ("first", "second"))
+    export(target, path, first)
+    convert(source, first, tmp_path / "back.safetensors", num_heads=4)
+    export(target, tmp_path / "back.safetensors", second)
+    a, b = ((one / "model.safetensors" if folder else one) for one in (first, second))
+    assert a.read_bytes() == b.read_bytes()
+    if folder:
+        assert (first / "config.json").read_text() == (second / "config.json").read_text()
+    back = load_encoder(tmp_path / "back.safetensors")
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in back.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_of_the_authors_layout_comes_back_as_it_was(tmp_path, suffix):
+    _, path = encoder_file(tmp_path, pos_embed="learn", init_values=1.0)
+    export("timm", path, tmp_path / "theirs.safetensors")
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    save = save_file if suffix == "safetensors" else torch.save
+    save(theirs | {"mask_token": torch.zeros(1, 32)}, tmp_path / f"file.{suffix}")
+    convert("dinov2", tmp_path / f"file.{suffix}", tmp_path / "encoder2.safetensors", num_heads=4)
+    export("timm", tmp_path / "encoder2.safetensors", tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == theirs.keys()
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
+
+
+def test_torchscript_gives_the_tokens_of_2d_images_and_thick_slices(tmp_path):
+    encoder, path = encoder_file(tmp_path, img_size=(16, 32, 32), rope="index", reg_tokens=2)
+    export("torchscript", path, tmp_path / "encoder.ts")
+    script = torch.jit.load(tmp_path / "encoder.ts")
+    for image, anisotropy in ((torch.randn(1, 3, 16, 40, 32), 0), (torch.randn(2, 3, 2, 32, 32), 2)):
+        torch.testing.assert_close(script(image, anisotropy), encoder(image, anisotropy), rtol=1e-4, atol=1e-4)
+    photo = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(script(photo), encoder(photo), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "anisotropy", "options"),
+    [
+        (None, None, {}),
+        ([48, 32], None, {"pos_embed": "learn", "reg_tokens": 2, "pos_antialias": True}),
+        ([2, 48, 32], 2, {"img_size": (16, 32, 32), "rope": "index", "swiglu_mlp": True, "pos_embed": "learn"}),
+        ([32, 32], None, {"img_size": (16, 32, 32), "rope": "normalised"}),
+    ],
+)
+def test_onnx_runtime_gives_the_tokens(tmp_path, capfd, size, anisotropy, options):
+    encoder, path = encoder_file(tmp_path, **options)
+    export("onnx", path, tmp_path / "encoder.onnx", size, anisotropy)
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("torch.onnx").level == logging.NOTSET
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    image = torch.randn(3, 3, *(size or (32, 32)))
+    (tokens,) = session.run(None, {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(tokens), encoder(image, anisotropy), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bundles_model_and_the_tensors_alone_are_what_they_say(tmp_path):
+    encoder, path = encoder_file(tmp_path)
+    export("bundle", path, tmp_path / "models/model.pt")
+    Embedder(ViT(**encoder.arguments)).load_state_dict(torch.load(tmp_path / "models/model.pt")["model"])
+    export("safetensors", path, tmp_path / "tensors.safetensors")
+    assert load_file(tmp_path / "tensors.safetensors").keys() == encoder.state_dict().keys()
+
+
+def test_heads_come_out_with_everything_that_was_trained(tmp_path):
+    encoder, _ = encoder_file(tmp_path)
+    method = MAE(encoder, 0.75, 16, 1, 2)
+    torch.save({"method": method.state_dict(), "step": 3}, tmp_path / "latest.pt")
+    export("method", tmp_path / "latest.pt", tmp_path / "all.safetensors")
+    method.load_state_dict(load_file(tmp_path / "all.safetensors"))
+    assert "decoder_pred.weight" in load_file(tmp_path / "all.safetensors")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("timm", {"img_size": (16, 32, 32)}, "spatial_dims 3 cannot be written as timm, which has 2"),
+        ("timm", {"rope": "index"}, "rope 'index' cannot be written as timm"),
+        ("timm", {"k_bias": False}, r"'timm' has no place for blocks\.0\.attn\.qv_bias"),
+        ("monai", {"init_values": 1.0}, "init_values 1.0 cannot be written as monai"),
+        ("monai", {"reg_tokens": 2}, "reg_tokens 2 cannot be written as monai"),
+        ("huggingface", {"qk_norm": True}, "qk_norm True cannot be written as huggingface"),
+        ("huggingface", {"img_size": (32, 40)}, "made for squares"),
+        ("huggingface", {"init_values": 1.0, "mlp_ratio": 3.5}, "no MLP with 112 hidden numbers at a width of 32"),
+        ("pumit", {}, "rope 'none' cannot be written as pumit"),
+        ("gguf", {}, "format 'gguf' is unknown. Give one of safetensors, timm"),
+    ],
+)
+def test_what_has_no_place_in_a_format_is_refused_and_nothing_is_written(tmp_path, target, options, message):
+    _, path = encoder_file(tmp_path, **options)
+    with pytest.raises(InputError, match=message):
+        export(target, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("onnx", {"img_size": [30, 32]}, r"must be a multiple of the patch .* Correct --img_size"),
+        ("onnx", {"anisotropy": 7}, "anisotropy must be 0 to 5, got 7. Correct"),
+        ("timm", {"anisotropy": 2}, "--img_size and --anisotropy are of onnx"),
+    ],
+)
+def test_an_input_that_an_encoder_cannot_read_is_refused(tmp_path, target, arguments, message):
+    _, path = encoder_file(tmp_path)
+    with pytest.raises(InputError, match=message):
+        export(target, path, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint", {"weights": 1}])
+def test_a_file_that_is_no_state_is_refused(tmp_path, content):
+    path = tmp_path / "latest.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=r"latest\.pt: .*Give a run's models/state/latest\.pt"):
+        export("method", path, tmp_path / "out.safetensors")
+
+
+def test_every_way_out_of_the_package_is_offered_and_documented():
+    from pathlib import Path
+
+    from biovfm_monai.checkpoints.export import _FORMATS
+
+    ways = {name.removeprefix("to_") for name in checkpoints.__all__ if name.startswith("to_")}
+    assert ways <= set(_FORMATS)
+    table = (Path(__file__).parents[2] / "docs/weights.md").read_text()
+    assert all(f"`{name}`" in table for name in _FORMATS)
+    sources = [name.removeprefix("from_") for name in checkpoints.__all__ if name.startswith("from_")]
+    assert all(f"`{name}`" in table for name in sources)
+
+
+def test_a_config_names_the_model_that_hugging_face_opens(tmp_path):
+    _, path = encoder_file(tmp_path, init_values=1.0)
+    export("huggingface", path, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["Dinov2Model"]
+    assert read_weights(tmp_path / "out")
