@@ -12,12 +12,11 @@ timed in the same rounds.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from monai.networks.nets import MaskedAutoEncoderViT
+from timing import PRODUCT, medians, product
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +25,6 @@ from biovfm_monai.networks import patchify, vit_small
 
 SETTINGS = {"2D 224x224": ((224, 224), 3, 32), "3D 96x96x96": ((96, 96, 96), 1, 32)}
 DECODERS = {"512 x 8": (512, 8, 16), "192 x 4": (192, 4, 6)}
-PRODUCT = 2048
 
 
 class MonaiLoss(torch.nn.Module):
@@ -64,36 +62,6 @@ def make_step(
         optimizer.zero_grad()
 
     return step
-
-
-def product(dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A function that multiplies two square matrices."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
-    return lambda: (a @ b, None)[1]
-
-
-def timed(call: Callable[[], None], device: str) -> float:
-    """Seconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(calls: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each call, all of them taking turns."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            seconds[name].append(timed(calls[name], device))
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def count_flops(module: MAE, image: torch.Tensor) -> int:

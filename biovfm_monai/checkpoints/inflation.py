@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import ViT, interpolate_grid
+from biovfm_monai.networks import ViT
 
 __all__ = ["inflate", "with_channels"]
 
@@ -16,6 +16,8 @@ __all__ = ["inflate", "with_channels"]
 @torch.no_grad()
 def inflate(encoder: ViT, img_size: Sequence[int], patch_depth: int | None = None, mode: str = "average") -> ViT:
     """An encoder of volumes from one of 2D images, which gives 2D images the same tokens as before.
+
+    Fixed positions become learned ones that begin as the same table; learned ones are repeated along depth.
 
     Args:
         encoder: of 2D images.
@@ -25,29 +27,24 @@ def inflate(encoder: ViT, img_size: Sequence[int], patch_depth: int | None = Non
             "center" puts it on the middle slice (or halves of it on the two).
 
     Raises:
-        InputError: when the encoder is of volumes already, its positions are fixed, or the mode is unknown.
+        InputError: when the encoder is of volumes already, or the mode is unknown.
     """
     if encoder.spatial_dims != 2 or mode not in ("average", "center"):
         raise InputError(f"inflation needs an encoder of 2D images and mode 'average' or 'center', got {mode!r}")
-    if encoder.sincos:
-        raise InputError("fixed sine-cosine positions differ in 2D and 3D. Give the encoder pos_embed 'learn' first.")
     depth = patch_depth or encoder.patch_size[0]
     arguments = {**encoder.arguments, "img_size": list(img_size), "patch_size": [depth, *encoder.patch_size]}
-    volume = ViT(**arguments)
+    volume = ViT(**arguments | ({"pos_embed": "learn"} if encoder.sincos else {}))
     state: dict[str, Tensor] = encoder.state_dict()
     plane = state["patch_embed.weight"][:, None]
     weight = torch.zeros(plane.shape[0], depth, plane.shape[2])
     middle = slice(0, depth) if mode == "average" else slice((depth - 1) // 2, depth // 2 + 1)
     weight[:, middle] = plane / len(range(depth)[middle])
     state["patch_embed.weight"] = weight.flatten(1)
-    if encoder.pos_embed is not None and volume.pos_embed is not None:
-        d = volume.pos_embed.shape[2]
-        grid: Tensor = encoder.pos_embed
-        if grid.shape[3:] != volume.pos_embed.shape[3:]:
-            grid = interpolate_grid(
-                grid, (1, volume.pos_embed.shape[3], volume.pos_embed.shape[4]), encoder.pos_antialias
-            )
-        state["pos_embed"] = grid.expand(-1, -1, d, -1, -1)
+    if volume.pos_embed is not None:
+        d, h, w = volume.pos_embed.shape[2:]
+        table = encoder.positions((1, h, w), plane.device)
+        assert table is not None  # noqa: S101 - the volume's positions come from the encoder's
+        state["pos_embed"] = table.transpose(1, 2).unflatten(2, (1, h, w)).expand(-1, -1, d, -1, -1)
     volume.load_state_dict(state)
     return volume.train(encoder.training)
 

@@ -20,7 +20,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from biovfm_monai.data import modalities
-from biovfm_monai.data.dicom import DICOM, is_dicom, is_stack, read_header, sorted_slices
+from biovfm_monai.data.dicom import DICOM, PLACE, is_dicom, is_stack, read_header, sorted_slices
 from biovfm_monai.data.reading import NIFTI, PHOTO, suffix
 from biovfm_monai.errors import InputError
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 DATALIST = "datalist.json"
 """Name of the file that, in a dataset folder, takes precedence over looking for images."""
 
-_PLACE = "ImagePositionPatient"
 _VOLUME = (".nrrd", ".mha", ".mhd")
 _MODALITY = {
     "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "MG": "mammography", "US": "ultrasound",
@@ -161,7 +160,7 @@ def _describe_dicom(parent: Path, paths: list[Path], root: Path, patients: dict[
         spacing = [*_spacing(slices[0])[:2], distance]
         yield _dicom_item(parent, headers[slices[0]], slices[0], root, patients) | {"spacing": spacing}
         return
-    series = Counter(str(header.get("SeriesInstanceUID")) for header in headers.values() if header.get(_PLACE))
+    series = Counter(str(header.get("SeriesInstanceUID")) for header in headers.values() if header.get(PLACE[0]))
     if len(series) > 1 and max(series.values()) > 1:
         raise InputError(f"{parent}: holds slices of {len(series)} DICOM series. Give each series a folder of its own.")
     for path, header in headers.items():

@@ -13,12 +13,15 @@ import pydicom
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["DICOM", "is_dicom", "is_stack", "read_header", "sorted_slices"]
+__all__ = ["DICOM", "PLACE", "is_dicom", "is_stack", "read_header", "sorted_slices"]
 
 DICOM = (".dcm", ".dicom", ".ima")
 """Endings of the names of DICOM files; many have none, and are known by their content."""
 
-_TAGS = ["Modality", "PatientID", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient"]
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
+"""The tags that say where a slice lies in the body, and how it is turned."""
+
+_TAGS = ["Modality", "PatientID", "SeriesInstanceUID", *PLACE]
 _TOLERANCE = 0.02
 
 
@@ -41,7 +44,7 @@ def read_header(path: Path) -> pydicom.Dataset:
 
 def is_stack(headers: Mapping[Path, pydicom.Dataset]) -> bool:
     """Whether files are slices of one volume: several of one series, each with its place and direction."""
-    placed = all(header.get(tag) for header in headers.values() for tag in _TAGS[-2:])
+    placed = all(header.get(tag) for header in headers.values() for tag in PLACE)
     return placed and len(headers) > 1 and len({str(h.get("SeriesInstanceUID")) for h in headers.values()}) == 1
 
 

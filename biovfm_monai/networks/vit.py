@@ -112,7 +112,7 @@ class ViT(nn.Module):
             spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
 
         Raises:
-            ValueError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
+            InputError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
                 `anisotropy_of`.
         """
         if not torch.jit.is_scripting():
@@ -125,14 +125,17 @@ class ViT(nn.Module):
         if plane:
             image = image.unsqueeze(2)
         if image.ndim != 5 or image.shape[1] != self.in_channels:
-            raise ValueError(
-                f"the encoder takes {self.in_channels} channels and 4 or 5 axes, got shape {list(image.shape)}"
+            raise InputError(
+                f"the encoder takes {self.in_channels} channel(s) and 4 or 5 axes, got shape {list(image.shape)}. "
+                "Give it such images, or build it with other in_channels."
             )
         if anisotropy < 0 or anisotropy > 5:
-            raise ValueError(f"anisotropy must be 0 to 5, got {anisotropy}")
+            raise InputError(f"anisotropy must be 0 (isotropic) to 5 (a 2D image), got {anisotropy}. Correct it.")
         stride = self.patch_embed.stride(anisotropy)
         if image.shape[2] % stride[0] or image.shape[3] % stride[1] or image.shape[4] % stride[2]:
-            raise ValueError(f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}")
+            raise InputError(
+                f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}. Crop or pad the image."
+            )
         grid_size = (image.shape[2] // stride[0], image.shape[3] // stride[1], image.shape[4] // stride[2])
         return Patches(patchify(image, stride), grid_size, anisotropy, spacing)
 

@@ -301,7 +301,9 @@ def test_eva02_counts_positions_on_the_grid_it_was_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["average", "center"])
-@pytest.mark.parametrize("options", [{}, {"rope": "index", "pos_embed": "none"}, {"reg_tokens": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rope": "index", "pos_embed": "none"}, {"reg_tokens": 2}, {"pos_embed": "sincos"}]
+)
 def test_an_inflated_encoder_gives_2d_images_the_tokens_they_had(mode, options):
     flat = randomised(ViT(3, (32, 32), 8, embed_dim=32, depth=2, num_heads=4, **{"pos_embed": "learn", **options}))
     volume = inflate(flat, (16, 32, 32), mode=mode)

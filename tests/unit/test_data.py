@@ -19,6 +19,7 @@ from biovfm_monai.data import (
 )
 from biovfm_monai.data.modalities.base import Resampled, SlicesFirstd
 from biovfm_monai.errors import InputError
+from biovfm_monai.networks import vit_tiny
 
 STORED = ["RAS", "LPS", "SPL", "AIR", "PSR", "ILA"]
 
@@ -132,6 +133,17 @@ def test_slices_lie_along_the_thick_axis_and_are_seen_as_a_radiologist_does(tmp_
     image = preset("ct", write_nifti(tmp_path / "a.nii.gz", volume, spacing, stored)).mul(10).round()[0]
     assert image.shape[0] == 4
     assert [(image[0, 1, 1], image[1, 0, 1], image[1, 1, 0]), image[1, 1, 1]] == [(1, 2, 4), 0]
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("thick", range(3))
+def test_thick_slices_of_any_direction_set_the_degree_of_anisotropy_that_an_encoder_sees(tmp_path, stored, thick):
+    shape, spacing = [32, 32, 32], [1.0, 1.0, 1.0]
+    shape[thick], spacing[thick] = 8, 5.0
+    image = preset("ct", write_nifti(tmp_path / "a.nii.gz", np.zeros(shape), spacing, stored))
+    patches = vit_tiny(1, (32, 32, 32)).patchify(image[None])
+    assert (patches.anisotropy, patches.grid_size) == (2, (2, 2, 2))
+    assert patches.spacing == pytest.approx([5.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("axis", range(3))
