@@ -28,8 +28,11 @@ def initialize() -> None:
 
 
 def finalize() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, once every process is here."""
     if dist.is_initialized():
+        # A Gloo thread that still holds the last gradients of a DDP with activation checkpointing needs Python's lock
+        # to let go of them, and would never get it while the group waits for that thread.
+        dist.barrier()
         dist.destroy_process_group()
 
 

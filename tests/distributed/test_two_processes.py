@@ -25,12 +25,18 @@ distributed.finalize()
 
 
 def call(command, out):
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=180, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(list(map(str, command)), env=environment, **pipes) as process:
+        try:
+            printed, errors = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            # torchrun ends its workers when it is asked to end; killed, it would leave them behind.
+            process.terminate()
+            process.communicate(timeout=60)
+            raise
+    assert process.returncode == 0, errors
+    return printed
 
 
 def launch(processes, out, accumulation=1, epochs=2, resume="anew"):

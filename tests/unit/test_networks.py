@@ -179,7 +179,7 @@ def test_every_parameter_of_the_encoder_gets_a_gradient(size, pos_embed):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [((1, 2, 32, 32), "1 channels"), ((1, 32, 32), "axes"), ((1, 1, 30, 32), "multiple of the patch")],
+    [((1, 2, 32, 32), "1 channel"), ((1, 32, 32), "axes"), ((1, 1, 30, 32), "multiple of the patch")],
 )
 def test_a_wrong_image_is_refused_with_the_reason(image, message):
     with pytest.raises(ValueError, match=message):
