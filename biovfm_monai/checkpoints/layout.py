@@ -197,10 +197,12 @@ def require(encoder: ViT, layout: str, **arguments: Any) -> None:
     Raises:
         InputError: naming the first argument that differs.
     """
+    given = {**encoder.arguments, "spatial_dims": encoder.spatial_dims}
     for name, value in arguments.items():
-        given = getattr(encoder, name, None) if name == "spatial_dims" else encoder.arguments[name]
-        if given != value:
-            raise InputError(f"an encoder with {name} {given!r} cannot be written as {layout}, which has {value!r}.")
+        if given[name] != value:
+            raise InputError(
+                f"an encoder with {name} {given[name]!r} cannot be written as {layout}, which has {value!r}."
+            )
 
 
 def give_vit(encoder: ViT, names: Mapping[str, str], layout: str, class_position: bool = False) -> dict[str, Tensor]:

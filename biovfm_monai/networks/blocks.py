@@ -14,11 +14,10 @@ __all__ = ["Attention", "Block", "DropPath", "LayerScale", "Mlp", "SwiGLU", "ini
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled-dot-product attention, B x heads x N x width each.
 
-    On CPUs torch's fused kernel takes about twice as long as the plain products in a bfloat16 training step
-    (benchmarks/mae_speed.py); they hold N x N weights, so long sequences keep the fused kernel.
+    On CPUs torch's fused kernel takes up to twice as long as the plain products in bfloat16 (docs/experiments.md); they
+    hold N x N weights, so long sequences keep the fused kernel.
     """
-    short = q.shape[2] <= 1024
-    if not (short and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled()):
+    if q.shape[2] > 1024 or q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.softmax(dim=-1) @ v
