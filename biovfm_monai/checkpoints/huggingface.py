@@ -118,6 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     activation = config.get("hidden_act", "gelu")
     if activation != ("silu" if gated else "gelu"):
         raise InputError(f"{file}: hidden_act {activation!r} is not what our {'SwiGLU' if gated else 'MLP'} computes.")
+    if config.get("rope_theta", 100.0) != 100.0:
+        raise InputError(f"{file}: rope_theta {config['rope_theta']} is not our rotary positions' 100.")
     size = config.get("image_size")
     return {
         "num_heads": config.get("num_attention_heads"), "norm_eps": config.get("layer_norm_eps"),

@@ -473,7 +473,14 @@ def test_an_option_that_a_source_does_not_take_is_refused_with_those_it_takes(tm
         convert("timm", tmp_path / "x.pth", tmp_path / "out.safetensors", img_size=[32, 32])
 
 
-def test_a_network_that_computes_something_else_is_refused(tmp_path):
-    huggingface("ViT", hidden_act="relu", intermediate_size=64).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"config\.json: hidden_act 'relu'"):
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("ViT", {"hidden_act": "relu"}, r"config\.json: hidden_act 'relu'"),
+        ("DINOv3ViT", {"rope_theta": 1000.0}, r"config\.json: rope_theta 1000\.0"),
+    ],
+)
+def test_a_network_that_computes_something_else_is_refused(tmp_path, kind, options, message):
+    huggingface(kind, **options, intermediate_size=64).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
         convert("huggingface", tmp_path, tmp_path / "out.safetensors")

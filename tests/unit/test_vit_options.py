@@ -143,17 +143,13 @@ def test_an_encoder_is_one_graph_for_the_compiler(options):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
-def test_a_compiled_spatially_adaptive_encoder_has_the_same_tokens_and_gradients():
-    encoder = tiny(**OPTIONS["spad"], depth=1)
+def test_a_compiled_spatially_adaptive_encoder_has_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    encoder, image = tiny(**OPTIONS["spad"], depth=1).eval(), torch.randn(2, 1, 4, 16, 16)
     torch.compiler.reset()
-    compiled, image = torch.compile(encoder, fullgraph=True), torch.randn(2, 1, 4, 16, 16)
-    results = []
-    for network in (encoder, compiled):
-        encoder.zero_grad()
-        tokens = network(image, 2)
-        tokens.square().mean().backward()
-        results.append([tokens, *(p.grad for p in encoder.parameters())])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        tokens = torch.compile(encoder, fullgraph=True)(image, 2)
+        torch.testing.assert_close(tokens, encoder(image, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_the_last_block_are_the_tokens_as_a_map(options):
