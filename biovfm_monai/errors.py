@@ -12,7 +12,7 @@ __all__ = ["InputError", "NonFiniteLossError", "report_input_errors"]
 
 logger = logging.getLogger(__name__)
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC)
 
 
 class InputError(ValueError):

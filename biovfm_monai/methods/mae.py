@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.methods.base import SSLMethod
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
@@ -58,7 +59,7 @@ class MAE(SSLMethod):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared error over the hidden patches of batch["image"], B x C x (D) x H x W.
 
-        batch["anisotropy"], if there, is the degree of anisotropy of all its images.
+        batch["anisotropy"], if there, is the degree of anisotropy of all its images: one number, or B equal ones.
         """
         patches = self._patches(batch)
         keep, hidden = self._mask(patches)
@@ -91,7 +92,12 @@ class MAE(SSLMethod):
 
     def _patches(self, batch: Mapping[str, Tensor]) -> Patches:
         given = batch.get("anisotropy")
-        return self.encoder.patchify(batch["image"], None if given is None else int(given))
+        degrees = [] if given is None else torch.as_tensor(given).unique().tolist()
+        if len(degrees) > 1:
+            raise InputError(
+                f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch."
+            )
+        return self.encoder.patchify(batch["image"], int(degrees[0]) if degrees else None)
 
     def _mask(self, patches: Patches) -> tuple[Tensor, Tensor]:
         b, length = patches.voxels.shape[:2]

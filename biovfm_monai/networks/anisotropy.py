@@ -14,7 +14,7 @@ from torch import Tensor
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["anisotropy_of", "draw_anisotropy", "spacing_of"]
+__all__ = ["anisotropy_of", "check_spacing", "draw_anisotropy", "spacing_of"]
 
 
 def anisotropy_of(spacing: list[float]) -> int:
@@ -28,7 +28,16 @@ def anisotropy_of(spacing: list[float]) -> int:
     Raises:
         InputError: when a spacing is not positive and finite, or pixels are 1.5 times as high as wide or more.
     """
-    return int(min(_doublings(spacing) + 1e-3, 5.0))
+    check_spacing(spacing)
+    if len(spacing) == 2:
+        return 5
+    # A thousandth of a doubling is 1.0007. Comparisons, not a logarithm: a compiled encoder then need not be compiled
+    # anew for each spacing.
+    ratio = spacing[0] / min(spacing[1], spacing[2]) * 1.0007
+    degree = 0
+    for number in range(1, 6):
+        degree += int(ratio >= 2.0**number)
+    return degree
 
 
 def draw_anisotropy(spacing: list[float], generator: torch.Generator | None = None) -> int:
@@ -43,7 +52,11 @@ def draw_anisotropy(spacing: list[float], generator: torch.Generator | None = No
     Raises:
         InputError: as `anisotropy_of`.
     """
-    return int(_doublings(spacing) + torch.rand((), generator=generator).item())
+    check_spacing(spacing)
+    if len(spacing) == 2:
+        return 5
+    doublings = min(max(math.log2(spacing[0] / min(spacing[1], spacing[2])), 0.0), 5.0)
+    return int(doublings + torch.rand((), generator=generator).item())
 
 
 def spacing_of(image: Tensor) -> list[float] | None:
@@ -59,7 +72,7 @@ def spacing_of(image: Tensor) -> list[float] | None:
         return None
     affine = image.affine if image.affine.ndim == 3 else image.affine[None]
     spacings = affine[:, :3, :3].double().norm(dim=1)
-    if not torch.allclose(spacings, spacings[:1], rtol=1e-3):
+    if spacings.isfinite().all() and not torch.allclose(spacings, spacings[:1], rtol=1e-3):
         raise InputError(
             f"the images of a batch have spacings from {spacings.amin(0).tolist()} to {spacings.amax(0).tolist()} mm. "
             "Put images of one spacing into a batch, or give anisotropy."
@@ -67,19 +80,21 @@ def spacing_of(image: Tensor) -> list[float] | None:
     return [float(value) for value in spacings[0]]
 
 
-def _doublings(spacing: list[float]) -> float:
+def check_spacing(spacing: list[float]) -> None:
+    """Refuse a spacing that means nothing.
+
+    Raises:
+        InputError: as `anisotropy_of`.
+    """
     valid = len(spacing) == 2 or len(spacing) == 3
     for value in spacing:
-        valid = valid and math.isfinite(value) and value > 0
+        valid = valid and value > 0 and value < 1e9
     if not valid:
         raise InputError(
             f"spacing {spacing} must be two or three positive numbers, mm along (depth,) height and width. Correct it."
         )
-    height, width = float(spacing[-2]), float(spacing[-1])
+    height, width = spacing[-2], spacing[-1]
     if max(height, width) >= 1.5 * min(height, width):
         raise InputError(
             f"spacing {spacing}: pixels are {height} mm high and {width} mm wide. Resample them to squares first."
         )
-    if len(spacing) == 2:
-        return 5.0
-    return min(max(math.log(float(spacing[0]) / min(height, width)) / math.log(2.0), 0.0), 5.0)

@@ -22,13 +22,13 @@ class Embedder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map B x C x (D) x H x W to B x embed_dim."""
+    def forward(self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None) -> Tensor:
+        """Map B x C x (D) x H x W to B x embed_dim; anisotropy and spacing as in `ViT.patchify`."""
         slices = 1
         if self.encoder.spatial_dims == 2 and image.ndim == 5:
             slices = image.shape[2]
             image = image.transpose(1, 2).flatten(0, 1)
-        return self._pool(self.encoder(image)).unflatten(0, (-1, slices)).mean(1)
+        return self._pool(self.encoder(image, anisotropy, spacing=spacing)).unflatten(0, (-1, slices)).mean(1)
 
     def _pool(self, tokens: Tensor) -> Tensor:
         if self.encoder.global_pool == "token":

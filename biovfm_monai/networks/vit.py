@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks.anisotropy import anisotropy_of, spacing_of
+from biovfm_monai.networks.anisotropy import anisotropy_of, check_spacing, spacing_of
+from biovfm_monai.networks.arguments import block_defaults, check_arguments, in_3d
 from biovfm_monai.networks.blocks import Block, init_weights
 from biovfm_monai.networks.masking import take_tokens
 from biovfm_monai.networks.patch_embed import PatchEmbed, Patches, patchify
 from biovfm_monai.networks.positions import interpolate_grid, rotary_angles, sincos_positions
 
 __all__ = ["ViT"]
-
-_CHOICES = {
-    "pos_embed": ("sincos", "learn", "none"),
-    "rope": ("none", "index", "mm", "normalised"),
-    "global_pool": ("avg", "max", "token"),
-}
 
 
 class ViT(nn.Module):
@@ -77,9 +71,9 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "block_options")}
-        sizes = _check(own)
+        sizes = check_arguments(own)
         self.arguments: dict[str, Any] = {
-            **own, "img_size": list(img_size), "patch_size": list(sizes), **_block_defaults(), **block_options,
+            **own, "img_size": list(img_size), "patch_size": list(sizes), **block_defaults(), **block_options,
         }  # fmt: skip
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, len(sizes)
         self.img_size, self.patch_size, self.head_dim = tuple(img_size), sizes, embed_dim // num_heads
@@ -87,10 +81,10 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.sincos, self.pos_antialias = pos_embed == "sincos", pos_antialias
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(in_channels, _in_3d(sizes), embed_dim)
+        self.patch_embed = PatchEmbed(in_channels, in_3d(sizes), embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        grid = [n // p for n, p in zip(_in_3d(self.img_size), self.patch_embed.patch_size, strict=True)]
+        grid = [n // p for n, p in zip(in_3d(self.img_size), self.patch_embed.patch_size, strict=True)]
         self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *grid)) if pos_embed == "learn" else None
         rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
         self.blocks = nn.ModuleList(
@@ -109,35 +103,52 @@ class ViT(nn.Module):
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
             anisotropy: degree of anisotropy, 0 to 5; None to take it from `spacing`, or else 5 for a 4-dimensional
                 image and 0 for a volume.
-            spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
+            spacing: mm along (depth,) height and width; None for what the affine of a volume says, if it is a
+                MetaTensor.
 
         Raises:
             InputError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
                 `anisotropy_of`.
         """
         if not torch.jit.is_scripting():
-            image, spacing = _plain(image, spacing)
-        plane = image.ndim == 4
+            image, spacing = _plain(image, spacing, anisotropy is None or self.rope == "mm")
+        if spacing is not None:
+            check_spacing(spacing)
         if anisotropy is None:
-            anisotropy = 5 if plane else 0
-            if spacing is not None and not plane:
+            anisotropy = 5 if image.ndim == 4 else 0
+            if spacing is not None and image.ndim == 5:
                 anisotropy = anisotropy_of(spacing)
-        if plane:
+        if image.ndim == 4:
             image = image.unsqueeze(2)
+        stride = self._stride(image, anisotropy)
+        grid_size = (image.shape[2] // stride[0], image.shape[3] // stride[1], image.shape[4] // stride[2])
+        return Patches(patchify(image, stride), grid_size, anisotropy, spacing)
+
+    def _stride(self, image: Tensor, anisotropy: int) -> tuple[int, int, int]:
+        """Voxels per token of B x C x D x H x W, once it is known that the encoder can read it."""
         if image.ndim != 5 or image.shape[1] != self.in_channels:
             raise InputError(
                 f"the encoder takes {self.in_channels} channel(s) and 4 or 5 axes, got shape {list(image.shape)}. "
                 "Give it such images, or build it with other in_channels."
             )
+        if self.spatial_dims == 2 and image.shape[2] != 1:
+            raise InputError(
+                f"an encoder of 2D images cannot read {image.shape[2]} slices at once. Give it slices one by one, as "
+                "Embedder does, or inflate it."
+            )
         if anisotropy < 0 or anisotropy > 5:
             raise InputError(f"anisotropy must be 0 (isotropic) to 5 (a 2D image), got {anisotropy}. Correct it.")
         stride = self.patch_embed.stride(anisotropy)
+        if self.patch_embed.patch_size[0] % stride[0]:
+            raise InputError(
+                f"patches {self.patch_embed.patch_size[0]} deep cannot be halved {anisotropy} times. Build the encoder "
+                "with a depth that is a power of two."
+            )
         if image.shape[2] % stride[0] or image.shape[3] % stride[1] or image.shape[4] % stride[2]:
             raise InputError(
                 f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}. Crop or pad the image."
             )
-        grid_size = (image.shape[2] // stride[0], image.shape[3] // stride[1], image.shape[4] // stride[2])
-        return Patches(patchify(image, stride), grid_size, anisotropy, spacing)
+        return stride
 
     def embed(self, patches: Patches, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens of patches, with their positions, before the first block.
@@ -157,7 +168,8 @@ class ViT(nn.Module):
             angles = None if angles is None else angles[0][keep]
         x = self.patch_embed(voxels, patches.anisotropy)
         if positions is not None:
-            x = x + positions
+            # Under autocast tokens stay float32; weights of another precision keep to it.
+            x = x + positions.to(self.patch_embed.weight.dtype)
         for token in (self.reg_token, self.cls_token):
             if token is not None:
                 x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -257,40 +269,8 @@ class ViT(nn.Module):
         return rotary_angles(patches.grid_size, self.head_dim, self.rope, scale, patches.voxels.device)[None]
 
 
-def _check(given: dict[str, Any]) -> tuple[int, ...]:
-    """Refuse arguments that make no encoder; the patch, one number per axis."""
-    img_size, patch_size = given["img_size"], given["patch_size"]
-    dims = 0 if isinstance(img_size, int) else len(img_size)
-    sizes = (patch_size,) * dims if isinstance(patch_size, int) else tuple(patch_size)
-    fits = dims in (2, 3) and len(sizes) == dims and min(sizes) > 0
-    if not fits or any(n < p or n % p for n, p in zip(img_size, sizes, strict=True)):
-        raise InputError(
-            f"img_size {img_size} must be two or three multiples of patch_size {patch_size}. "
-            "Give --img_size such as [64,64] or [32,64,64], and a --patch_size that divides it."
-        )
-    if given["embed_dim"] % given["num_heads"]:
-        raise InputError(f"num_heads {given['num_heads']} must divide embed_dim {given['embed_dim']}")
-    for name, choices in _CHOICES.items():
-        if given[name] not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r}")
-    if given["global_pool"] == "token" and not given["class_token"]:
-        raise InputError("global_pool 'token' needs class_token. Pool by 'avg', or give it one.")
-    return sizes
-
-
-def _block_defaults() -> dict[str, Any]:
-    """What `Block` does unless told otherwise, so that an encoder's arguments are complete."""
-    options = inspect.signature(Block).parameters.values()
-    return {o.name: o.default for o in options if o.default is not o.empty and o.name not in ("drop_path", "norm_eps")}
-
-
-def _in_3d(sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    """Sizes along depth, height and width; 1 along the depth of a 2D image."""
-    return (sizes[-3] if len(sizes) == 3 else 1, sizes[-2], sizes[-1])
-
-
-def _plain(image: Tensor, spacing: list[float] | None) -> tuple[Tensor, list[float] | None]:
-    """A plain tensor, and the spacing: as given, or what a MetaTensor that was turned slices first says."""
+def _plain(image: Tensor, spacing: list[float] | None, needed: bool) -> tuple[Tensor, list[float] | None]:
+    """A plain tensor, and the spacing: as given, or if needed what a MetaTensor that was turned slices first says."""
     if isinstance(image, MetaTensor):
-        return image.as_tensor(), spacing_of(image) if spacing is None and image.ndim == 5 else spacing
+        return image.as_tensor(), spacing_of(image) if needed and spacing is None and image.ndim == 5 else spacing
     return image, spacing

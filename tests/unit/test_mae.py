@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import ViT, random_mask, sincos_positions, vit_base, vit_large, vit_small, vit_tiny
 
@@ -97,3 +98,15 @@ def test_a_thick_slice_volume_is_trained_at_its_anisotropy():
 def test_a_decoder_whose_heads_do_not_fit_is_refused():
     with pytest.raises(ValueError, match="must divide"):
         MAE(ViT(1, (32, 32), 8, embed_dim=24, depth=1, num_heads=3), decoder_embed_dim=10, decoder_num_heads=3)
+
+
+def test_a_batch_has_one_degree_of_anisotropy():
+    mae = MAE(ViT(1, (16, 32, 32), 8, embed_dim=24, depth=1, num_heads=3), 0.75, 16, 1, 2)
+    image = torch.randn(2, 1, 4, 32, 32)
+    losses = []
+    for given in (1, torch.tensor(1), torch.tensor([1, 1])):
+        torch.manual_seed(0)
+        losses.append(mae({"image": image, "anisotropy": given})["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(InputError, match=r"degrees of anisotropy \[1, 2\]"):
+        mae({"image": image, "anisotropy": torch.tensor([1, 2])})

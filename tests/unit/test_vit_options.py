@@ -142,6 +142,23 @@ def test_an_encoder_is_one_graph_for_the_compiler(options):
     assert all(p.grad is not None for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("rope", ["none", "mm"])
+def test_a_compiled_encoder_takes_one_spacing_after_another(rope):
+    encoder = tiny(rope=rope, pos_embed="none").eval()
+    torch.compiler.reset()
+    compiled, image = torch.compile(encoder, fullgraph=True, backend="eager"), torch.randn(1, 1, 4, 16, 16)
+    for depth in (4.0, 4.5, 5.5, 6.25, 7.0):
+        spacing = [depth, 1.0, 1.0]
+        torch.testing.assert_close(compiled(image, spacing=spacing), encoder(image, spacing=spacing))
+
+
+def test_an_encoder_in_half_precision_gives_tokens_in_it(options):
+    encoder = tiny(**options).eval().to(torch.bfloat16)
+    tokens = encoder(torch.randn(1, 1, 16, 32, 32, dtype=torch.bfloat16))
+    assert tokens.dtype == torch.bfloat16
+    assert tokens.isfinite().all()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_a_compiled_spatially_adaptive_encoder_has_the_same_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -168,14 +185,14 @@ def test_features_of_blocks_that_are_not_there_are_refused(blocks):
         tiny().features(torch.randn(1, 1, 16, 32, 32), blocks)
 
 
-@pytest.mark.parametrize(("preset", "millions"), [(spad_vit_base, 96.3 - 1.4), (spad_vit_large, 317.6 - 2.1)])
-def test_spad_presets_have_the_published_size_less_the_head_for_masked_image_modelling(preset, millions):
+@pytest.mark.parametrize(("preset", "millions"), [(spad_vit_base, 96.3), (spad_vit_large, 317.6)])
+def test_spad_presets_and_their_head_for_masked_image_modelling_have_the_published_size(preset, millions):
     with torch.device("meta"):
         encoder = preset()
     width = encoder.embed_dim
     head = (width + 1) * width + (width + 1) * 1024 + 2 * width
     count = sum(p.numel() for p in encoder.parameters())
-    assert (count + head) / 1e6 == pytest.approx(96.3 if preset is spad_vit_base else 317.6, abs=0.1)
+    assert (count + head) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 # Rotary positions
@@ -273,10 +290,55 @@ def test_attention_without_key_bias_equals_one_whose_key_bias_is_zero():
     torch.testing.assert_close(bare(x), full(x))
 
 
-@pytest.mark.parametrize(("name", "value"), [("pos_embed", "sine"), ("rope", "3d"), ("global_pool", "mean")])
-def test_unknown_positions_are_refused(name, value):
-    with pytest.raises(InputError, match=f"got .*'{value}'"):
-        tiny(**{name: value})
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"pos_embed": "sine"}, "pos_embed must be one of sincos, learn, none, got 'sine'"),
+        ({"rope": "3d"}, "rope must be one of .*, got '3d'"),
+        ({"global_pool": "mean"}, "global_pool must be one of avg, max, token, got 'mean'"),
+        ({"num_heads": 5}, "num_heads 5 must divide embed_dim 24"),
+        ({"num_heads": -3}, "num_heads must be a whole number above 0, got -3"),
+        ({"num_heads": 3.0}, r"num_heads must be a whole number above 0, got 3\.0"),
+        ({"num_heads": "abc"}, "num_heads must be a whole number above 0, got 'abc'"),
+        ({"channels": True}, "in_channels must be a whole number above 0, got True"),
+        ({"rope": "index", "num_heads": 4}, "heads of a multiple of 4 numbers, got 6"),
+        ({"embed_dim": 27}, "even embed_dim of at least 6, got 27"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be at least 0 and below 1, got 1\.0"),
+    ],
+)
+def test_arguments_that_make_no_encoder_are_refused(argument, message):
+    with pytest.raises(InputError, match=message):
+        tiny(**argument)
+
+
+@pytest.mark.parametrize("anisotropy", [None, 2])
+@pytest.mark.parametrize(
+    "spacing", [[float("nan"), 1, 1], [0.0, 1, 1], [-4.0, 1, 1], [4.0, 3, 1], [float("inf"), 1, 1], []]
+)
+def test_a_spacing_that_means_nothing_is_refused_whatever_it_is_for(anisotropy, spacing):
+    with pytest.raises(InputError, match="spacing"):
+        tiny(rope="mm")(torch.zeros(1, 1, 16, 32, 32), anisotropy, spacing=spacing)
+
+
+def test_images_of_several_spacings_make_a_batch_once_their_degree_is_given():
+    affines = torch.stack([torch.diag(torch.tensor([d, 1.0, 1.0, 1.0])).double() for d in (4.0, 6.0)])
+    batch = MetaTensor(torch.randn(2, 1, 4, 16, 16), affine=affines[0])
+    batch.affine = affines
+    with pytest.raises(InputError, match="or give anisotropy"):
+        tiny()(batch)
+    assert tiny()(batch, anisotropy=2).shape == (2, 5, 24)
+
+
+def test_a_2d_encoder_refuses_a_volume_and_says_what_to_do():
+    with pytest.raises(InputError, match="cannot read 4 slices at once.*inflate"):
+        tiny((32, 32))(torch.zeros(1, 1, 4, 32, 32))
+
+
+def test_patches_that_cannot_be_halved_so_often_are_refused():
+    encoder = tiny((12, 12, 12), 6)
+    assert encoder(torch.zeros(1, 1, 12, 12, 12)).shape == (1, 9, 24)
+    with pytest.raises(InputError, match="patches 6 deep cannot be halved 2 times"):
+        encoder(torch.zeros(1, 1, 12, 12, 12), anisotropy=2)
 
 
 @pytest.mark.parametrize(
