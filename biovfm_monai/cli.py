@@ -53,27 +53,51 @@ def info(encoder: str) -> str:
     return json.dumps(encoder_info(encoder), indent=1)
 
 
-def convert(source: str, path: str, out: str, **options: Any) -> str:
+def convert(
+    source: str,
+    path: str,
+    out: str,
+    num_heads: int | None = None,
+    in_channels: int | None = None,
+    img_size: Any = None,
+    volume_size: Any = None,
+    inflation: str | None = None,
+    mean: Any = None,
+    std: Any = None,
+    section: str | None = None,
+) -> str:
     """Turn a checkpoint of another project into an encoder file.
 
     Args:
         source: its layout: biovfm, dino, dinov2, dinov3, eva02, huggingface, mae, mocov3, monai, pumit or timm.
         path: file, or folder of Hugging Face.
         out: encoder file to write.
-        **options: such as --in_channels 1, --volume_size [80,160,160], --num_heads 6, --mean 0.5 --std 0.5.
+        num_heads: of the network, where its width is none of the published ones.
+        in_channels: 1 to make a colour encoder one of grey images.
+        img_size: size the network was made for, where it was no square or cube, such as [224,448].
+        volume_size: to make an encoder of 2D images one of volumes, such as [80,224,224].
+        inflation: how, average or center.
+        mean: of the normalisation of its input, one number or one per channel.
+        std: likewise.
+        section: which of the networks in a file, such as model or teacher.
     """
+    options = {name: value for name, value in locals().items() if value is not None}
     from biovfm_monai.checkpoints import convert as run  # noqa: PLC0415
 
-    left_out = run(source, path, out, **options)
-    return f"{out}: ready. Left out: {', '.join(left_out) or 'nothing'}"
+    encoder, left_out = run(**options | {"path": str(path), "out": str(out)})
+    size = " x ".join(str(n) for n in encoder.img_size)
+    what = f"{size} voxels, {encoder.in_channels} channel(s), {encoder.embed_dim} wide, {len(encoder.blocks)} blocks"
+    done = f"{out}: ready. {what} of {encoder.arguments['num_heads']} heads, pooled by {encoder.global_pool!r}."
+    without = "" if mean is not None else "\nWithout --mean and --std `biovfm embed` cannot use it."
+    return f"{done}\nLeft out: {', '.join(left_out) or 'nothing'}{without}"
 
 
 def export(target: str, path: str, out: str, img_size: Any = None, anisotropy: int | None = None) -> str:
     """Write an encoder file in another format, or all that a run has trained.
 
     Args:
-        target: safetensors, timm, huggingface, monai, pumit, torchscript, onnx, bundle (its models/model.pt); or
-            method, with heads and teacher.
+        target: safetensors, timm, dinov2, huggingface, monai, pumit, torchscript, onnx, bundle (its
+            models/model.pt); or method, with heads and teacher.
         path: encoder file; of method, a run's models/state/latest.pt.
         out: file to write; of huggingface, a folder.
         img_size: of onnx, size of its input, such as [224,224].
@@ -81,7 +105,7 @@ def export(target: str, path: str, out: str, img_size: Any = None, anisotropy: i
     """
     from biovfm_monai.checkpoints import export as run  # noqa: PLC0415
 
-    run(target, path, out, img_size, anisotropy)
+    run(target, str(path), str(out), img_size, anisotropy)
     return f"{out}: ready."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from biovfm_monai.checkpoints.layout import Weights, build, interleave, take_vit
 from biovfm_monai.checkpoints.read import renamed
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["from_dinov3"]
+__all__ = ["DINOV3_HEADS", "from_dinov3"]
+
+DINOV3_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 18, 1280: 20, 1536: 24, 4096: 32}
+"""Width -> heads of the published sizes."""
 
 _BLOCK = {
     "norm1.{k}": "norm1.{k}",
@@ -40,21 +45,32 @@ def from_dinov3(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> 
 
     Args:
         tensors: as from `read_weights`.
-        num_heads: None for heads of 64 numbers, which all but the 7B have; its are 128.
+        num_heads: None for the published sizes.
 
     Raises:
         InputError: when a tensor is missing or unknown.
     """
     weights = Weights(_without_masked(renamed(tensors, lambda name: name.replace("mlp.w3", "mlp.fc2"))), "dinov3")
-    weights.drop(r"mask_token", r"rope_embed\.periods", r".*\.bias_mask", r"(local_)?cls_norm\..*", r"\w+_head\..*")
+    weights.drop(r"mask_token", r".*\.bias_mask", r"local_cls_norm\..*", r"\w+_head\..*")
+    _check_periods(weights)
     gated = "blocks.0.mlp.w1.weight" in weights
     up = "blocks.{n}.mlp.w1.{k} blocks.{n}.mlp.w2.{k}" if gated else "blocks.{n}.mlp.fc1.{k}"
     state = take_vit(weights, _NAMES | {"blocks.{n}.mlp.fc1.{k}": up})
     weights.finish()
-    heads = num_heads or state["kernel"].shape[0] // 64
-    encoder = build(state, heads, norm_eps=1e-5, rope="normalised", global_pool="token")
+    encoder = build(state, num_heads, DINOV3_HEADS, norm_eps=1e-5, rope="normalised", global_pool="token")
     interleave(encoder)
     return encoder, weights.dropped
+
+
+def _check_periods(weights: Weights) -> None:
+    """Refuse rotary positions with another base than our "normalised" ones."""
+    name = "rope_embed.periods"
+    if name in weights:
+        periods = weights.left[name].float()
+        ours = 100.0 ** (torch.arange(len(periods)) / len(periods))
+        if not torch.allclose(periods, ours, rtol=0.02):
+            raise InputError(f"{name} are {periods[:3].tolist()} ..., not those of base 100, which our encoder has.")
+        weights.drop(re.escape(name))
 
 
 def _without_masked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -127,5 +127,5 @@ def load_exactly(encoder: ViT, state: Mapping[str, Tensor], where: str) -> None:
         if name in state and state[name].shape != shape
     ]
     if problems:
-        raise InputError(f"{where}: the weights are of another architecture: {'; '.join(problems)}.")
+        raise InputError(f"{where}: the weights do not fit the network: {'; '.join(problems)}.")
     encoder.load_state_dict(state)

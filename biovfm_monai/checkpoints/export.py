@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from biovfm_monai.checkpoints.dinov2 import to_dinov2
 from biovfm_monai.checkpoints.encoder import load_encoder
 from biovfm_monai.checkpoints.huggingface import to_huggingface
 from biovfm_monai.checkpoints.monai import to_monai
 from biovfm_monai.checkpoints.onnx import write_onnx
 from biovfm_monai.checkpoints.pumit import to_pumit
+from biovfm_monai.checkpoints.read import require_other
 from biovfm_monai.checkpoints.timm import to_timm
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
@@ -23,7 +25,7 @@ from biovfm_monai.networks import Embedder, ViT
 
 __all__ = ["export"]
 
-_FORMATS = ("safetensors", "timm", "huggingface", "monai", "pumit", "torchscript", "onnx", "bundle", "method")
+_FORMATS = ("safetensors", "timm", "dinov2", "huggingface", "monai", "pumit", "torchscript", "onnx", "bundle", "method")
 
 
 def export(
@@ -36,9 +38,10 @@ def export(
     """Write an encoder file's weights in another format.
 
     Args:
-        target: "safetensors", its tensors alone; "timm", also read by the code of MAE, DINO and DINOv2; "huggingface",
-            a folder; "monai", for MONAI's `ViT`; "pumit"; "torchscript"; "onnx"; "bundle", the models/model.pt of a
-            MONAI bundle; or "method", everything that was trained, heads and teacher too, from a state to resume from.
+        target: "safetensors", its tensors alone; "timm", also read by the code of MAE and DINO; "dinov2";
+            "huggingface", a folder; "monai", for MONAI's `ViT`; "pumit"; "torchscript"; "onnx"; "bundle", the
+            models/model.pt of a MONAI bundle; or "method", everything that was trained, heads and teacher too, from a
+            state to resume from.
         path: encoder file; of "method", the run's models/state/latest.pt.
         out: file to write, safetensors if it ends so; of "huggingface", a folder.
         img_size: of "onnx", size of its input; None for what the encoder was made for.
@@ -51,9 +54,14 @@ def export(
         raise InputError(f"format {target!r} is unknown. Give one of {', '.join(_FORMATS)}.")
     if target != "onnx" and (img_size, anisotropy) != (None, None):
         raise InputError(f"--img_size and --anisotropy are of onnx; {target} takes images of any size.")
-    out = Path(out)
+    if anisotropy is not None and not isinstance(anisotropy, int):
+        raise InputError(f"anisotropy must be 0 (isotropic) to 5 (a 2D image), got {anisotropy!r}. Correct it.")
+    if img_size is not None and not isinstance(img_size, Sequence):
+        raise InputError(f"img_size {img_size!r} must be two or three numbers, such as [224,224].")
+    path, out = Path(path), Path(out)
+    require_other(path, out)
     if target == "method":
-        _write(_trained(Path(path)), out)
+        _write(_trained(path), out)
         return
     encoder = load_encoder(path)
     try:
@@ -68,6 +76,8 @@ def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None
             _write(encoder.state_dict(), out)
         case "timm":
             _write(to_timm(encoder), out)
+        case "dinov2":
+            _write(to_dinov2(encoder), out)
         case "monai":
             _write(to_monai(encoder), out)
         case "pumit":

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from biovfm_monai.checkpoints.dinov3 import DINOV3_HEADS
 from biovfm_monai.checkpoints.layout import Weights, build, give_vit, interleave, require, take_vit
 from biovfm_monai.checkpoints.read import renamed
 from biovfm_monai.errors import InputError
@@ -60,6 +61,7 @@ _DINOV3 = _TOKENS | {
     "blocks.{n}.ls2.gamma": "layer.{n}.layer_scale2.lambda1",
     "norm.{k}": "norm.{k}",
 }
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 _GATED = {"blocks.{n}.mlp.fc1.{k}": "layer.{n}.mlp.gate_proj.{k} layer.{n}.mlp.up_proj.{k}"}
 
 
@@ -73,7 +75,7 @@ def from_huggingface(
 
     Args:
         tensors: as from `read_weights`.
-        num_heads, norm_eps: as the model's config.json says; None for heads of 64 numbers, and for 1e-12 (ViT, ViTMAE),
+        num_heads, norm_eps: as the model's config.json says; None for the published sizes, and for 1e-12 (ViT, ViTMAE),
             1e-6 (Dinov2) or 1e-5 (DINOv3).
         img_size: height and width the model is made for; None for what its positions say.
 
@@ -81,6 +83,7 @@ def from_huggingface(
         InputError: when a tensor is missing or unknown.
     """
     weights = Weights(renamed(tensors, _plain), "huggingface")
+    decoder = any(name.startswith("decoder.") for name in weights.names)
     weights.drop(r"decoder\..*", r"pooler\..*", r"classifier\..*", r"embeddings\.mask_token")
     if "layer.0.attention.q_proj.weight" in weights:
         names, options = _DINOV3, {"norm_eps": 1e-5, "rope": "normalised", "global_pool": "token"}
@@ -89,10 +92,12 @@ def from_huggingface(
     elif "encoder.layer.0.norm1.weight" in weights:
         names, options = _DINOV2, {"norm_eps": 1e-6, "global_pool": "token"}
     else:
-        names, options = _CLASSIC, {"norm_eps": 1e-12}
+        names, options = _CLASSIC, {"norm_eps": 1e-12, "global_pool": "avg" if decoder else "token"}
     state = take_vit(weights, names, img_size)
     weights.finish()
-    encoder = build(state, num_heads, img_size, **options | ({} if norm_eps is None else {"norm_eps": norm_eps}))
+    heads = DINOV3_HEADS if options.get("rope") else _HEADS
+    given = {} if norm_eps is None else {"norm_eps": norm_eps}
+    encoder = build(state, num_heads, heads, img_size, **options | given)
     if encoder.rope != "none":
         interleave(encoder)
     return encoder, weights.dropped
@@ -104,16 +109,19 @@ def _plain(name: str) -> str:
     return name.replace("mlp.weights_in", "mlp.fc1").replace("mlp.weights_out", "mlp.fc2")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Options of `from_huggingface` that the config.json in a folder tells; none without one.
+def read_config(path: Path) -> dict[str, Any]:
+    """Options of `from_huggingface` that the config.json in a folder, or beside a file, tells; none without one.
 
     Raises:
-        InputError: when the network computes what `ViT` does not.
+        InputError: when it cannot be read, or the network computes what `ViT` does not.
     """
-    file = folder / "config.json"
+    file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: no readable config ({error}). Download it again.") from error
     gated = config.get("use_gated_mlp", False)
     activation = config.get("hidden_act", "gelu")
     if activation != ("silu" if gated else "gelu"):
@@ -148,6 +156,8 @@ def to_huggingface(encoder: ViT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if encoder.rope == "normalised":
         return _to_dinov3(encoder, config)
     require(encoder, "huggingface", rope="none", k_bias=True)
+    if encoder.arguments["pos_embed"] == "none":
+        raise InputError("an encoder with pos_embed 'none' cannot be written as huggingface, which has positions.")
     config["qkv_bias"] = arguments["qkv_bias"]
     if arguments["init_values"] is not None:
         return _to_dinov2(encoder, config)
@@ -162,6 +172,7 @@ def _to_dinov2(encoder: ViT, config: dict[str, Any]) -> tuple[dict[str, Tensor],
     if hidden != ((ratio * width * 2 // 3 + 7) // 8 * 8 if gated else ratio * width):
         raise InputError(f"Hugging Face's Dinov2 has no MLP with {hidden} hidden numbers at a width of {width}.")
     config |= {"mlp_ratio": ratio, "use_swiglu_ffn": gated}
+    require(encoder, "huggingface", pos_antialias=encoder.arguments["reg_tokens"] > 0)
     state = give_vit(encoder, _DINOV2, "huggingface", class_position=True)
     if gated:
         state = renamed(state, lambda n: n.replace("mlp.fc1", "mlp.weights_in").replace("mlp.fc2", "mlp.weights_out"))

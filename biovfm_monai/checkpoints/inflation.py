@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,22 +18,36 @@ __all__ = ["inflate", "with_channels"]
 def inflate(encoder: ViT, img_size: Sequence[int], patch_depth: int | None = None, mode: str = "average") -> ViT:
     """An encoder of volumes from one of 2D images, which gives 2D images the same tokens as before.
 
-    Fixed positions become learned ones that begin as the same table; learned ones are repeated along depth.
+    Learned positions are repeated along depth; fixed ones become learned ones that begin as the same table. So 2D
+    images of the new height and width have the same tokens, and with learned positions images of other sizes, too, if
+    height and width are those that the encoder was made for.
 
     Args:
         encoder: of 2D images.
         img_size: (depth, height, width) that the new one is made for.
-        patch_depth: voxels per token along depth; None for those along the height.
+        patch_depth: voxels per token along depth; None for the power of two next to those along the height, since thick
+            slices halve it.
         mode: "average" spreads the patch kernel over depth, so that a slice repeated gives the 2D image's tokens;
             "center" puts it on the middle slice (or halves of it on the two).
 
     Raises:
-        InputError: when the encoder is of volumes already, or the mode is unknown.
+        InputError: when the encoder is of volumes already, the size is no multiple of the patch, or the mode unknown.
     """
-    if encoder.spatial_dims != 2 or mode not in ("average", "center"):
-        raise InputError(f"inflation needs an encoder of 2D images and mode 'average' or 'center', got {mode!r}")
-    depth = patch_depth or encoder.patch_size[0]
-    arguments = {**encoder.arguments, "img_size": list(img_size), "patch_size": [depth, *encoder.patch_size]}
+    if encoder.spatial_dims != 2:
+        raise InputError("this encoder is one of volumes already. Leave volume_size out.")
+    if mode not in ("average", "center"):
+        raise InputError(f"inflation must be 'average' or 'center', got {mode!r}")
+    depth = patch_depth or 2 ** round(math.log2(encoder.patch_size[0]))
+    patch = (depth, *encoder.patch_size)
+    if (
+        not isinstance(img_size, Sequence)
+        or len(img_size) != 3
+        or any(not isinstance(n, int) or n < p or n % p for n, p in zip(img_size, patch, strict=True))
+    ):
+        raise InputError(
+            f"volume_size {img_size} must be three multiples of {list(patch)}, such as {[4 * p for p in patch]}."
+        )
+    arguments = {**encoder.arguments, "img_size": list(img_size), "patch_size": list(patch)}
     volume = ViT(**arguments | ({"pos_embed": "learn"} if encoder.sincos else {}))
     state: dict[str, Tensor] = encoder.state_dict()
     plane = state["patch_embed.weight"][:, None]

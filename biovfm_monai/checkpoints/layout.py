@@ -28,7 +28,7 @@ _FAMILIES = {
     "monai": r"(vit\.)?blocks\.0\.mlp\.linear1\.weight",
     "huggingface": r"(.*\.)?(encoder\.)?layer\.0\.(attention|norm1)\.",
     "dinov3": r"(storage_tokens|rope_embed\.periods)",
-    "pumit or eva02": r"blocks\.0\.(attn\.q_proj\.weight|attn\.q_bias|mlp\.ffn_ln\.weight)",
+    "eva02 or pumit": r"blocks\.0\.(attn\.q_proj\.weight|attn\.q_bias|mlp\.ffn_ln\.weight)",
     "dinov2": r"blocks\.(0\.)?0\.ls1\.gamma",
     "mocov3": r"(base|momentum)_encoder\.blocks\.0\.",
     "timm, mae or dino": r"blocks\.0\.attn\.qkv\.weight",
@@ -59,7 +59,8 @@ class Weights:
             InputError: when it is not there.
         """
         if name not in self.left:
-            raise InputError(f"no {name} in the checkpoint, so it is not of the layout {self.source!r}.{self._looks()}")
+            there = f" It holds {', '.join(self.names[:3])} ..." if not self._looks() else self._looks()
+            raise InputError(f"no {name} in the checkpoint, so it is not of the layout {self.source!r}.{there}")
         return self.left.pop(name).float()
 
     def drop(self, *patterns: str) -> None:
@@ -92,45 +93,68 @@ def _entries(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield ours.replace("{k}", kind), theirs.replace("{k}", kind)
 
 
-def take_vit(weights: Weights, names: Mapping[str, str], img_size: Sequence[int] | None = None) -> dict[str, Tensor]:
+def take_vit(
+    weights: Weights,
+    names: Mapping[str, str],
+    img_size: Sequence[int] | None = None,
+    class_position: bool | None = True,
+) -> dict[str, Tensor]:
     """Take an encoder's tensors in a layout that differs from ours by names only.
 
     Args:
         weights: of a checkpoint.
         names: our name -> theirs, see above.
         img_size: the positions were made for; None for a square or cube.
+        class_position: whether the positions begin with the class token's; None for either.
 
     Returns:
         Tensors by our names, positions as a grid, 1 x C x D x H x W; and "kernel", the patch kernel as a convolution's.
     """
     state: dict[str, Tensor] = {}
+    depth = _depth(weights, names)
     for ours, theirs in _entries(names):
-        for count in range(10_000 if "{n}" in ours else 1):
+        for count in range(depth if "{n}" in ours else 1):
             found = theirs.rstrip("?").replace("{n}", str(count)).split()
-            if found[0] not in weights and (count or theirs.endswith("?")):
-                break
-            state[ours.replace("{n}", str(count))] = torch.cat([weights.take(name) for name in found])
+            if found[0] in weights or not theirs.endswith("?"):
+                state[ours.replace("{n}", str(count))] = torch.cat([weights.take(name) for name in found])
     state["kernel"] = kernel = state["patch_embed.weight"]
+    if kernel.ndim not in (4, 5):
+        raise InputError(f"the patch kernel has {kernel.ndim} axes, not a convolution's 4 or 5.")
     state["patch_embed.weight"] = kernel.flatten(2).transpose(1, 2).flatten(1)
     if "pos_embed" in state and state["pos_embed"].ndim < 5:
-        _split_positions(state, kernel, img_size)
+        _split_positions(state, kernel, img_size, class_position)
     return state
 
 
-def _split_positions(state: dict[str, Tensor], kernel: Tensor, img_size: Sequence[int] | None) -> None:
+def _depth(weights: Weights, names: Mapping[str, str]) -> int:
+    """How many blocks a checkpoint has; at least one, which is then missed by name."""
+    prefix = next(theirs for theirs in names.values() if "{n}" in theirs).split()[0].split("{n}")[0]
+    numbers = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in weights.left)
+    return 1 + max((int(number.group(1)) for number in numbers if number), default=0)
+
+
+def _split_positions(
+    state: dict[str, Tensor], kernel: Tensor, img_size: Sequence[int] | None, class_position: bool | None
+) -> None:
     """Positions of patches become a grid; that of the class token, if there is one, is added to it."""
-    table = state["pos_embed"].reshape(1, -1, kernel.shape[0])
-    patch = kernel.shape[2:]
-    count = table.shape[1]
-    for prefix in (0, 1):
+    table = state["pos_embed"]
+    if table.shape[-1] != kernel.shape[0]:
+        raise InputError(f"positions are {table.shape[-1]} wide, tokens {kernel.shape[0]}.")
+    table = table.reshape(1, -1, kernel.shape[0])
+    patch, count = kernel.shape[2:], table.shape[1]
+    if img_size is not None and len(img_size) != len(patch):
+        raise InputError(f"img_size {img_size} must have {len(patch)} numbers. Correct --img_size.")
+    prefixes = [int(class_position)] if class_position is not None else [1, 0]
+    for prefix in prefixes if "cls_token" in state else [0]:
         side = round((count - prefix) ** (1 / len(patch)))
         grid = [side] * len(patch) if img_size is None else [n // p for n, p in zip(img_size, patch, strict=True)]
         if math.prod(grid) == count - prefix:
             break
     else:
+        made = "a square or cube" if img_size is None else f"{list(img_size)} voxels"
         raise InputError(
-            f"{count} positions are no grid of {'a square or cube' if img_size is None else tuple(img_size)} in "
-            f"patches of {tuple(patch)}, with or without a class token. Give the network's --img_size."
+            f"{count - prefix} positions are no grid of {made} in patches of {tuple(patch)}. "
+            "Give the size that the network was made for as --img_size."
         )
     if prefix:
         state["cls_token"] = state["cls_token"].reshape(1, 1, -1) + table[:, :1]
@@ -139,7 +163,11 @@ def _split_positions(state: dict[str, Tensor], kernel: Tensor, img_size: Sequenc
 
 
 def build(
-    state: dict[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None, **options: Any
+    state: dict[str, Tensor],
+    num_heads: int | None,
+    published: Mapping[int, int],
+    img_size: Sequence[int] | None = None,
+    **options: Any,
 ) -> ViT:
     """The encoder that tensors from `take_vit` make.
 
@@ -147,7 +175,8 @@ def build(
 
     Args:
         state: as from `take_vit`.
-        num_heads: None for heads of 64 numbers, which published ViTs have but for some huge ones.
+        num_heads: None to look the width up in `published`.
+        published: width -> heads of the networks that were published in this layout.
         img_size: what the encoder is made for where positions do not tell; None for 224 or a little less.
         **options: of `ViT` that shapes do not tell.
 
@@ -157,38 +186,45 @@ def build(
     state = {name: tensor for name, tensor in state.items() if tensor.numel()}
     kernel = state.pop("kernel")
     width, channels, *patch = kernel.shape
+    if num_heads is None and width not in published:
+        raise InputError(f"cannot tell the number of heads of a width of {width}. Give --num_heads.")
     if "pos_embed" in state:
         img_size = [g * p for g, p in zip(state["pos_embed"].shape[-len(patch) :], patch, strict=True)]
-    if num_heads is None and width % 64:
-        raise InputError(f"cannot tell the number of heads of a width of {width}. Give --num_heads.")
-    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
     encoder = ViT(
         channels,
         img_size or [224 // p * p for p in patch],
         patch,
         width,
         depth=sum(name.endswith("norm1.weight") for name in state),
-        num_heads=num_heads or {1280: 16, 1408: 16}.get(width, width // 64),
-        mlp_ratio=math.nextafter(hidden / width, math.inf),
-        qkv_bias="blocks.0.attn.qkv.bias" in state or "blocks.0.attn.qv_bias" in state,
-        k_bias="blocks.0.attn.qv_bias" not in state,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-        swiglu_mlp=state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden,
-        scale_mlp="blocks.0.mlp.norm.weight" in state,
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        class_token="cls_token" in state,
-        reg_tokens=state["reg_token"].shape[-2] if "reg_token" in state else 0,
-        final_norm="norm.weight" in state,
-        pos_embed="learn" if "pos_embed" in state else "none",
-        pos_antialias="pos_embed" in state and "reg_token" in state,
-        **options,
+        num_heads=published[width] if num_heads is None else num_heads,
+        **_told(state) | options,
     )
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    fitted = {
-        n: t.reshape(shapes[n]) if n in shapes and t.numel() == shapes[n].numel() else t for n, t in state.items()
-    }
-    load_exactly(encoder, fitted, "the checkpoint")
+    for name in state:
+        if name in shapes and name.endswith(("_token", "qv_bias")) and state[name].numel() == shapes[name].numel():
+            state[name] = state[name].reshape(shapes[name])
+    load_exactly(encoder, state, "the checkpoint")
     return encoder.eval()
+
+
+def _told(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of `ViT` that the tensors of its first block, and those beside the blocks, tell."""
+    hidden, width = state["blocks.0.mlp.fc2.weight"].shape[1], state["patch_embed.weight"].shape[0]
+    ratio = hidden / width
+    return {
+        "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state or "blocks.0.attn.qv_bias" in state,
+        "k_bias": "blocks.0.attn.qv_bias" not in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "swiglu_mlp": state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden,
+        "scale_mlp": "blocks.0.mlp.norm.weight" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "class_token": "cls_token" in state,
+        "reg_tokens": state["reg_token"].shape[-2] if "reg_token" in state else 0,
+        "final_norm": "norm.weight" in state,
+        "pos_embed": "learn" if "pos_embed" in state else "none",
+        "pos_antialias": "pos_embed" in state and "reg_token" in state,
+    }
 
 
 def require(encoder: ViT, layout: str, **arguments: Any) -> None:

@@ -37,7 +37,7 @@ def from_monai(
 
     Args:
         tensors: as from `read_weights`.
-        num_heads: None for heads of 64 numbers.
+        num_heads: None for 12 at a width of 768, which is MONAI's default.
         img_size: the network was made for; None for a square or cube.
 
     Raises:
@@ -49,9 +49,9 @@ def from_monai(
         r".*\.norm_cross_attn\..*", r".*\.cross_attn\..*", r"classification_head\..*", r"decoder.*", r"mask_tokens?"
     )
     weights.drop(*([r"encoder\d+\..*", r"out\..*"] if inner else []))
-    state = take_vit(weights, _NAMES, img_size)
+    state = take_vit(weights, _NAMES, img_size, class_position=False)
     weights.finish()
-    return build(state, num_heads, norm_eps=1e-5), weights.dropped
+    return build(state, num_heads, {768: 12}, norm_eps=1e-5), weights.dropped
 
 
 def _plain(name: str) -> str:
@@ -67,5 +67,5 @@ def to_monai(encoder: ViT) -> dict[str, Tensor]:
     Raises:
         InputError: when MONAI's ViT has no place for something.
     """
-    require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False, init_values=None)
+    require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False, final_norm=True)
     return give_vit(encoder, _NAMES, "monai")

@@ -31,8 +31,8 @@ def write_onnx(
         anisotropy: degree of anisotropy of the input, as in `ViT.patchify`.
 
     Raises:
-        InputError: when the packages of the extra "onnx" are missing, the encoder cannot read such an image or is
-            larger than ONNX allows, or ONNX Runtime's tokens differ by more than 1e-4.
+        InputError: when the packages of the extra "onnx" are missing, the encoder cannot read such an image, knows the
+            spacing or is larger than ONNX allows, or ONNX Runtime's tokens differ by more than 1e-4.
     """
     try:
         import onnxruntime  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
@@ -41,6 +41,10 @@ def write_onnx(
         raise InputError(f"{error}. Install it with: pip install 'biovfm-monai[onnx]'") from error
     if sum(tensor.nbytes for tensor in encoder.state_dict().values()) > _LARGEST:
         raise InputError("an ONNX file holds at most 2 GB. Export torchscript instead.")
+    if encoder.rope == "mm":
+        raise InputError("rope 'mm' knows the spacing, which an ONNX file cannot be told. Export torchscript instead.")
+    if img_size is not None and not all(isinstance(n, int) for n in img_size):
+        raise InputError(f"img_size {img_size} must be two or three whole numbers, such as [224,224].")
     image = torch.randn(2, encoder.in_channels, *(img_size or encoder.img_size))
     with torch.no_grad():
         expected = encoder(image, anisotropy)
@@ -55,7 +59,7 @@ def write_onnx(
         session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
         (tokens,) = session.run(None, {"image": image.numpy()})
         difference = float((torch.from_numpy(tokens) - expected).abs().max() / expected.abs().max())
-        if difference > 1e-4:
+        if not difference <= 1e-4:
             raise InputError(
                 f"ONNX Runtime's tokens differ from torch's by {difference:.1e}. Export torchscript instead."
             )

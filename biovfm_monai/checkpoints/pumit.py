@@ -17,16 +17,18 @@ def from_pumit(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> t
 
     Args:
         tensors: as from `read_weights`.
-        num_heads: None for heads of 64 numbers.
+        num_heads: None for the published sizes.
 
     Raises:
         InputError: when a tensor is missing or unknown.
     """
-    return from_eva02_layout("pumit", tensors, num_heads, norm_eps=1e-5, global_pool="token")
+    return from_eva02_layout("pumit", tensors, 5, num_heads, norm_eps=1e-5, global_pool="token")
 
 
 def to_pumit(encoder: ViT) -> dict[str, Tensor]:
     """An encoder such as `spad_vit_base` in PUMIT's layout.
+
+    PUMIT's norms add 1e-5 to the variance, whatever the encoder's norm_eps was.
 
     Raises:
         InputError: when the layout has no place for something.

@@ -5,8 +5,11 @@ https://pytorch.org/docs/stable/generated/torch.load.html (weights_only) and htt
 
 from __future__ import annotations
 
+import argparse
+import logging
 import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,28 @@ from torch import Tensor
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["read_weights", "renamed"]
+__all__ = ["read_weights", "renamed", "require_other"]
 
-_SECTIONS = ("teacher", "model", "state_dict", "module", "student")
+logger = logging.getLogger(__name__)
+
+_SECTIONS = ("teacher", "model", "state_dict", "module", "student", "model_ema", "state_dict_ema")
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+_DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+    AssertionError, OverflowError, struct.error,
+)  # fmt: skip
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, section: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint: safetensors, or a pickle of tensors.
 
-    A folder is read as Hugging Face writes it (model.safetensors). Of several networks in a file ("teacher", "model",
-    "state_dict", "module", "student") the first there is taken. Prefixes of wrappers ("module.", "backbone.") are taken
-    off.
+    A folder is read as Hugging Face writes it (model.safetensors). Prefixes of wrappers ("module.", "backbone.") are
+    taken off.
+
+    Args:
+        path: file or folder.
+        section: which of the networks in a file; None for the first there is of "teacher", "model", "state_dict",
+            "module", "student", "model_ema" and "state_dict_ema". Those that are passed over are logged.
 
     Raises:
         InputError: when the file is missing, truncated, holds no tensors, or needs code from the file to be opened.
@@ -41,17 +54,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: no such checkpoint. Correct the path.")
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: truncated or no checkpoint ({reason}). Download it again.") from error
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        section = next((name for name in _SECTIONS if name in content), None)
-        if section is None:
-            raise InputError(f"{path}: holds no weights, but {', '.join(map(str, content)) or 'nothing'}.")
-        content = content[section]
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds no weights, but a {type(content).__name__}.")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise InputError(f"{path}: truncated, or no checkpoint ({type(error).__name__}). Download it again.") from error
+    content = _section_of(content, path, section)
+    tensors = {str(n): t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        kind = ", ".join(map(str, content)) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise InputError(f"{path}: holds no weights, but {kind or 'nothing'}.")
     try:
         return renamed(tensors, _unwrapped)
     except InputError as error:
@@ -73,14 +84,42 @@ def renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict
     return result
 
 
+def _section_of(content: Any, path: Path, section: str | None) -> Any:
+    """The one network among what a file holds."""
+    while isinstance(content, Mapping):
+        found = [name for name in (section, *_SECTIONS) if name and isinstance(content.get(name), Mapping)]
+        if section is not None and section not in found:
+            raise InputError(f"{path}: has no section {section!r}, but {', '.join(map(str, content))}.")
+        if not found:
+            break
+        if len(set(found)) > 1:
+            logger.warning("%s: took %r, not %s", path, found[0], ", ".join(map(repr, dict.fromkeys(found[1:]))))
+        content, section = content[found[0]], None
+    return content
+
+
+def require_other(source: Path, out: Path) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: when the two paths are one.
+    """
+    if source.exists() and source.resolve() == out.resolve():
+        raise InputError(f"{out}: is what is read, and would be lost. Give another place to write to.")
+
+
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Many training files hold the command line beside the weights; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL (\S+)", " ".join(str(error).split()))
+        if needs is None:
+            raise ValueError("no pickle that torch.save wrote") from error
         raise InputError(
-            f"{path}: cannot be opened without running code from it"
-            f"{f' ({needs.group(1)})' if needs else ''}. If you trust it, save its tensors alone with torch.save."
+            f"{path}: cannot be opened without running code from it ({needs.group(1)}). If you trust it, save its "
+            "tensors alone with torch.save."
         ) from error
 
 

@@ -154,12 +154,15 @@ def training_transform(
 def encoder_transform(
     in_channels: int,
     img_size: Sequence[int],
-    mean: float,
-    std: float,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
     spacing: Sequence[float] | None = None,
     keys: KeysCollection = ("image",),
 ) -> Compose:
-    """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W."""
+    """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W.
+
+    mean and std are one number each, or one per channel.
+    """
     return Compose(
         [
             ReadImaged(keys),
@@ -172,9 +175,9 @@ def encoder_transform(
 
 
 class _Normalised(MapTransform):
-    def __init__(self, keys: KeysCollection, mean: float, std: float) -> None:
+    def __init__(self, keys: KeysCollection, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__(keys)
-        self.mean, self.std = mean, std
+        self.mean, self.std = (torch.tensor(value).reshape(-1, 1, 1, 1) for value in (mean, std))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         sample = dict(data)

@@ -31,7 +31,8 @@ def transform_of(encoder_path: str | Path) -> Compose:
     missing = {"mean", "std"} - set(preprocessing)
     if missing:
         raise InputError(
-            f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. Save it with preprocessing=."
+            f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. "
+            "Convert it again with --mean and --std, or save it with preprocessing=."
         )
     return encoder_transform(
         network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"],

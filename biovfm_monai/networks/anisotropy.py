@@ -96,5 +96,6 @@ def check_spacing(spacing: list[float]) -> None:
     height, width = spacing[-2], spacing[-1]
     if max(height, width) >= 1.5 * min(height, width):
         raise InputError(
-            f"spacing {spacing}: pixels are {height} mm high and {width} mm wide. Resample them to squares first."
+            f"spacing {spacing}: pixels are {height} mm high and {width} mm wide. Resample them to squares; or, if one "
+            "of the two is the distance of slices, put the slices first."
         )

@@ -28,13 +28,9 @@ def check_arguments(given: Mapping[str, Any]) -> tuple[int, ...]:
     for name in ("in_channels", "embed_dim", "depth", "num_heads"):
         if not _is_count(given[name]):
             raise InputError(f"{name} must be a whole number above 0, got {given[name]!r}. Correct it.")
-    width, heads = given["embed_dim"], given["num_heads"]
-    if width % heads:
-        raise InputError(f"num_heads {heads} must divide embed_dim {width}")
-    if given["rope"] != "none" and width // heads % 4:
-        raise InputError(f"rotary positions need heads of a multiple of 4 numbers, got {width // heads}")
-    if given["pos_embed"] == "sincos" and (width % 2 or width < 2 * len(sizes)):
-        raise InputError(f"sincos positions need an even embed_dim of at least {2 * len(sizes)}, got {width}")
+    if given["reg_tokens"] != 0 and not _is_count(given["reg_tokens"]):
+        raise InputError(f"reg_tokens must be a whole number, got {given['reg_tokens']!r}. Correct it.")
+    _check_width(given["embed_dim"], given["num_heads"], given["rope"], given["pos_embed"], len(sizes))
     if not 0 <= given["drop_path_rate"] < 1:
         raise InputError(f"drop_path_rate must be at least 0 and below 1, got {given['drop_path_rate']}")
     for name, choices in _CHOICES.items():
@@ -43,6 +39,15 @@ def check_arguments(given: Mapping[str, Any]) -> tuple[int, ...]:
     if given["global_pool"] == "token" and not given["class_token"]:
         raise InputError("global_pool 'token' needs class_token. Pool by 'avg', or give it one.")
     return sizes
+
+
+def _check_width(width: int, heads: int, rope: str, pos_embed: str, spatial_dims: int) -> None:
+    if width % heads:
+        raise InputError(f"num_heads {heads} must divide embed_dim {width}")
+    if rope != "none" and width // heads % 4:
+        raise InputError(f"rotary positions need heads of a multiple of 4 numbers, got {width // heads}")
+    if pos_embed == "sincos" and (width % 2 or width < 2 * spatial_dims):
+        raise InputError(f"sincos positions need an even embed_dim of at least {2 * spatial_dims}, got {width}")
 
 
 def _check_sizes(img_size: Any, patch_size: Any) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class ViT(nn.Module):
         super().__init__()
         own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "block_options")}
         sizes = check_arguments(own)
-        self.arguments: dict[str, Any] = {
+        self.arguments = {
             **own, "img_size": list(img_size), "patch_size": list(sizes), **block_defaults(), **block_options,
         }  # fmt: skip
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, len(sizes)
@@ -103,8 +103,7 @@ class ViT(nn.Module):
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
             anisotropy: degree of anisotropy, 0 to 5; None to take it from `spacing`, or else 5 for a 4-dimensional
                 image and 0 for a volume.
-            spacing: mm along (depth,) height and width; None for what the affine of a volume says, if it is a
-                MetaTensor.
+            spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
 
         Raises:
             InputError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
@@ -114,6 +113,8 @@ class ViT(nn.Module):
             image, spacing = _plain(image, spacing, anisotropy is None or self.rope == "mm")
         if spacing is not None:
             check_spacing(spacing)
+            if image.ndim == 5 and len(spacing) != 3:
+                raise InputError(f"spacing {spacing} of a volume must be three numbers, mm along depth, height, width.")
         if anisotropy is None:
             anisotropy = 5 if image.ndim == 4 else 0
             if spacing is not None and image.ndim == 5:
@@ -131,6 +132,8 @@ class ViT(nn.Module):
                 f"the encoder takes {self.in_channels} channel(s) and 4 or 5 axes, got shape {list(image.shape)}. "
                 "Give it such images, or build it with other in_channels."
             )
+        if not image.is_floating_point():
+            raise InputError(f"the image must be of floating-point numbers, got {image.dtype}. Convert it.")
         if self.spatial_dims == 2 and image.shape[2] != 1:
             raise InputError(
                 f"an encoder of 2D images cannot read {image.shape[2]} slices at once. Give it slices one by one, as "
@@ -146,7 +149,8 @@ class ViT(nn.Module):
             )
         if image.shape[2] % stride[0] or image.shape[3] % stride[1] or image.shape[4] % stride[2]:
             raise InputError(
-                f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}. Crop or pad the image."
+                f"image size {list(image.shape)[2:]} must be a multiple of the patch {stride}. Crop or pad the "
+                "image; if its slices are thick, give spacing or anisotropy."
             )
         return stride
 
@@ -272,5 +276,7 @@ class ViT(nn.Module):
 def _plain(image: Tensor, spacing: list[float] | None, needed: bool) -> tuple[Tensor, list[float] | None]:
     """A plain tensor, and the spacing: as given, or if needed what a MetaTensor that was turned slices first says."""
     if isinstance(image, MetaTensor):
-        return image.as_tensor(), spacing_of(image) if needed and spacing is None and image.ndim == 5 else spacing
+        if needed and spacing is None and image.ndim in (4, 5):
+            spacing = (spacing_of(image) or [])[: image.ndim - 2]
+        return image.as_tensor(), spacing
     return image, spacing

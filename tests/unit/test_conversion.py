@@ -1,8 +1,10 @@
 """Weights of other projects: converted, and compared with the networks that they come from."""
 
+import argparse
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from monai.networks.nets import UNETR, MaskedAutoEncoderViT
 from monai.networks.nets import ViT as MonaiViT
 from safetensors.torch import save_file
 
-from biovfm_monai import checkpoints
+from biovfm_monai import checkpoints, cli
 from biovfm_monai.checkpoints import (
     convert,
     encoder_info,
+    from_dinov3,
     from_huggingface,
+    from_mae,
     from_monai,
     from_pumit,
     from_timm,
@@ -187,7 +191,7 @@ def dinov3_layout(encoder):
                 state[f"blocks.{n}.mlp.w3.{kind}"] = state.pop(f"blocks.{n}.mlp.fc2.{kind}")
     state["storage_tokens"] = state.pop("register_tokens")
     return state | {
-        "rope_embed.periods": torch.zeros(2),
+        "rope_embed.periods": 100 ** (torch.arange(2) / 2),
         "mask_token": torch.zeros(1),
         "local_cls_norm.bias": torch.zeros(1),
     }
@@ -206,12 +210,13 @@ PUMIT = {
     **EVA, "scale_mlp": True, "img_size": (24, 32, 32), "norm_eps": 1e-5, "global_pool": "token",
 }  # fmt: skip
 ZERO = torch.zeros(1)
+TOKEN = {"global_pool": "token"}
 
 # name -> source, what stands in the file for a state in timm_layout, the encoder's options
 LAYOUTS = {
-    "timm": ("timm", lambda s: s | {"head.weight": torch.zeros(10, 32), "head.bias": ZERO}, {}),
-    "timm without bias": ("timm", lambda s: s, {"qkv_bias": False}),
-    "timm with qk-norm": ("timm", lambda s: s, {"qk_norm": True}),
+    "timm": ("timm", lambda s: s | {"head.weight": torch.zeros(10, 32), "head.bias": ZERO}, TOKEN),
+    "timm without bias": ("timm", lambda s: s, {**TOKEN, "qkv_bias": False}),
+    "timm with qk-norm": ("timm", lambda s: s, {**TOKEN, "qk_norm": True}),
     "timm pooled by its average": (
         "timm", lambda s: s | {"fc_norm.weight": ZERO, "fc_norm.bias": ZERO}, {"final_norm": False},
     ),
@@ -300,6 +305,27 @@ def test_eva02_counts_positions_on_the_grid_it_was_trained_on(tmp_path):
     torch.testing.assert_close(fine.view(8, 8, 4)[::2, ::2], coarse.view(4, 4, 4))
 
 
+def test_an_inflated_encoder_gives_2d_images_of_other_sizes_the_tokens_they_had_too():
+    flat = plain()
+    volume, image = inflate(flat, (16, 32, 32)), torch.randn(1, 3, 48, 40)
+    torch.testing.assert_close(volume(image), flat(image), rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_of_patch_14_is_inflated_to_patches_that_thick_slices_can_halve():
+    volume = inflate(plain(img_size=(28, 28), patch_size=14), (32, 28, 28))
+    assert volume.patch_size == (16, 14, 14)
+    for anisotropy, depth in enumerate((16, 8, 4, 2, 1)):
+        assert volume(torch.zeros(1, 3, depth, 28, 28), anisotropy).shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("size", [5, "abc", [16, 32], [16, 32, 30], [0, 32, 32], [16, 32, "a"]])
+def test_a_volume_size_that_makes_no_encoder_is_refused(size):
+    with pytest.raises(
+        InputError, match=r"volume_size .* must be three multiples of \[8, 8, 8\], such as \[32, 32, 32\]"
+    ):
+        inflate(plain(), size)
+
+
 @pytest.mark.parametrize("mode", ["average", "center"])
 @pytest.mark.parametrize(
     "options", [{}, {"rope": "index", "pos_embed": "none"}, {"reg_tokens": 2}, {"pos_embed": "sincos"}]
@@ -346,6 +372,69 @@ def test_a_missing_tensor_is_named():
         from_timm(state, num_heads=4)
 
 
+@pytest.mark.parametrize(
+    ("layout", "source", "message"),
+    [
+        ("EVA-02", "pumit", "the patch kernel has 4 axes, not 5. It looks like eva02"),
+        ("PUMIT", "eva02", "the patch kernel has 5 axes, not 4. It looks like pumit"),
+        ("DINOv2", "mae", r"not known in the layout 'mae': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
+        ("DINOv2", "dino", r"not known in the layout 'dino': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
+        ("MAE", "dinov2", r"no blocks\.0\.ls1\.gamma in the checkpoint"),
+        ("timm", "mocov3", "no base_encoder in the checkpoint"),
+    ],
+)
+def test_a_near_relative_is_refused_too(layout, source, message):
+    state = a_file_of(layout)
+    section = next((state[name] for name in ("model", "module", "state_dict") if name in state), state)
+    with pytest.raises(InputError, match=message):
+        getattr(checkpoints, f"from_{source}")(section, num_heads=4)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token", "norm.weight", "blocks.1.mlp.fc2.bias"])
+def test_what_a_source_always_has_is_missed_by_its_name(name):
+    state = timm_layout(plain())
+    del state[name]
+    with pytest.raises(InputError, match=f"no {re.escape(name)} in the checkpoint"):
+        from_mae(state, num_heads=4)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (24, 32), (32, 48)])
+def test_positions_that_are_no_square_need_the_size_they_were_made_for(size):
+    expected = plain(img_size=size)
+    state, image = timm_layout(expected), torch.randn(1, 3, *size)
+    with pytest.raises(InputError, match=r"no grid of a square.* --img_size"):
+        from_mae(state, num_heads=4)
+    torch.testing.assert_close(from_mae(state, 4, size)[0](image), expected(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "width", "heads"), [("mocov3", 384, 12), ("mae", 384, 6), ("timm", 1152, 16), ("dinov3", 1280, 20)]
+)
+def test_the_published_networks_get_their_heads(source, width, heads):
+    options = LAYOUTS["DINOv3"][2] if source == "dinov3" else {}
+    encoder = plain(**{**options, "embed_dim": width, "depth": 1, "num_heads": heads})
+    state = (dinov3_layout if source == "dinov3" else timm_layout)(encoder)
+    if source == "dinov3":
+        state["rope_embed.periods"] = 100 ** (torch.arange(16) / 16)
+    state = prefixed(state, "base_encoder.") if source == "mocov3" else state
+    assert getattr(checkpoints, f"from_{source}")(state)[0].arguments["num_heads"] == heads
+
+
+def test_a_matrix_of_another_shape_is_no_matrix_of_ours():
+    state = timm_layout(plain())
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].T
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.fc1\.weight is \(32, 128\) instead of \(128, 32\)"):
+        from_mae(state, num_heads=4)
+
+
+def test_a_dinov3_that_computes_something_else_is_refused():
+    state = a_file_of("DINOv3")
+    with pytest.raises(InputError, match=r"not known in the layout 'dinov3': cls_norm\.bias"):
+        from_dinov3(state | {"cls_norm.bias": ZERO}, num_heads=4)
+    with pytest.raises(InputError, match="not those of base 100"):
+        from_dinov3(state | {"rope_embed.periods": 1000 ** (torch.arange(2) / 2)}, num_heads=4)
+
+
 def a_file_of(layout):
     source, wrap, options = LAYOUTS[layout]
     return wrap((dinov3_layout if source == "dinov3" else timm_layout)(plain(**options)))
@@ -362,14 +451,31 @@ def a_file_of(layout):
         (lambda: a_file_of("MAE")["model"], "timm", "mae, with its decoder"),
         (lambda: a_file_of("DINOv2"), "monai", "dinov2"),
         (lambda: a_file_of("DINOv3"), "dinov2", "dinov3"),
-        (lambda: a_file_of("EVA-02")["module"], "mae", "pumit or eva02"),
-        (lambda: a_file_of("PUMIT")["state_dict"], "dino", "pumit or eva02"),
+        (lambda: a_file_of("EVA-02")["module"], "mae", "eva02 or pumit"),
+        (lambda: a_file_of("PUMIT")["state_dict"], "dino", "eva02 or pumit"),
         (lambda: named(a_file_of("MoCo v3")["state_dict"], ("module.", "")), "biovfm", "mocov3"),
     ],
 )
 def test_a_checkpoint_of_another_family_is_refused_with_the_name_of_its_own(tensors, source, family):
     with pytest.raises(InputError, match=f"the layout '.*It looks like {family}"):
         getattr(checkpoints, f"from_{source}")(tensors(), num_heads=4)
+
+
+def test_of_two_networks_in_a_file_the_one_that_is_asked_for_is_taken(tmp_path, caplog):
+    state = timm_layout(plain())
+    average = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": state, "model_ema": average, "epoch": torch.tensor(3)}, tmp_path / "two.pth")
+    assert torch.equal(read_weights(tmp_path / "two.pth")["norm.bias"], state["norm.bias"])
+    assert "two.pth: took 'model', not 'model_ema'" in caplog.text
+    assert torch.equal(read_weights(tmp_path / "two.pth", "model_ema")["norm.bias"], average["norm.bias"])
+    with pytest.raises(InputError, match=r"two\.pth: has no section 'teacher', but model, model_ema, epoch"):
+        read_weights(tmp_path / "two.pth", "teacher")
+
+
+def test_a_training_file_with_its_command_line_is_opened(tmp_path):
+    state = timm_layout(plain())
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").keys() == state.keys()
 
 
 def test_a_file_with_a_network_and_its_average_is_not_taken_for_one(tmp_path):
@@ -405,7 +511,10 @@ class Malicious:
 
 def test_a_pickle_that_runs_code_is_refused_with_the_name_of_what_it_wants(tmp_path, capsys):
     torch.save({"model": {"x": torch.zeros(1)}, "args": Malicious()}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match=r"bad\.pth: cannot be opened without running code from it .*print"):
+    with pytest.raises(
+        InputError,
+        match=rf"^{re.escape(str(tmp_path))}/bad\.pth: cannot be opened without running code from it .*print",
+    ):
         read_weights(tmp_path / "bad.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(InputError, match=r"old\.pth"):
@@ -420,7 +529,7 @@ def test_a_truncated_file_is_refused(tmp_path, name):
     save_file({"x": torch.zeros(1000)}, tmp_path / "whole.safetensors")
     whole = buffer.getvalue() if name == "cut.pth" else (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=f"{name}: truncated or no checkpoint.*again"):
+    with pytest.raises(InputError, match=f"{name}: truncated, or no checkpoint.*again"):
         read_weights(tmp_path / name)
 
 
@@ -438,7 +547,7 @@ def test_files_without_weights_are_refused(tmp_path):
 def test_a_hugging_face_folder_becomes_an_encoder_file_of_volumes_with_one_channel(tmp_path):
     reference = huggingface("Dinov2")
     reference.save_pretrained(tmp_path / "their model")
-    left_out = convert(
+    _, left_out = convert(
         "huggingface", tmp_path / "their model", tmp_path / "encoder.safetensors", in_channels=1,
         volume_size=(16, 32, 32), mean=0.5, std=0.25,
     )  # fmt: skip
@@ -469,8 +578,10 @@ def test_a_conversion_that_cannot_be_made_says_why(tmp_path, arguments, message)
 
 
 def test_an_option_that_a_source_does_not_take_is_refused_with_those_it_takes(tmp_path):
-    with pytest.raises(InputError, match=r"--img_size is unknown for timm\. There are in_channels, .*std, num_heads"):
-        convert("timm", tmp_path / "x.pth", tmp_path / "out.safetensors", img_size=[32, 32])
+    with pytest.raises(
+        InputError, match=r"--norm_eps is unknown for timm\. There are section, .*std, num_heads, img_size"
+    ):
+        convert("timm", tmp_path / "x.pth", tmp_path / "out.safetensors", norm_eps=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -484,3 +595,47 @@ def test_a_network_that_computes_something_else_is_refused(tmp_path, kind, optio
     huggingface(kind, **options, intermediate_size=64).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
         convert("huggingface", tmp_path, tmp_path / "out.safetensors")
+
+
+def test_a_config_beside_the_file_is_read_as_the_folders_is(tmp_path):
+    reference = huggingface("ViT", intermediate_size=64, layer_norm_eps=1e-3)
+    reference.save_pretrained(tmp_path)
+    encoder, _ = convert("huggingface", tmp_path / "model.safetensors", tmp_path / "out.safetensors")
+    assert (encoder.arguments["num_heads"], encoder.arguments["norm_eps"]) == (4, 1e-3)
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(InputError, match=r"config\.json: no readable config"):
+        convert("huggingface", tmp_path, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": 0.5}, "--std None must be"),
+        ({"mean": 0.5, "std": 0}, "--std 0 must be"),
+        ({"mean": "abc", "std": 1}, "--mean 'abc' must be"),
+        ({"mean": [0.4, 0.5], "std": [1, 1, 1]}, r"--mean \[0\.4, 0\.5\] must be one number or 3"),
+        ({"num_heads": 0}, "num_heads must be a whole number above 0, got 0"),
+        ({"num_heads": "abc"}, "num_heads must be a whole number above 0, got 'abc'"),
+        ({"in_channels": True}, "in_channels must be a whole number above 0, got True"),
+        ({"in_channels": 7}, "one of the two must be 1"),
+        ({"inflation": "foo", "volume_size": (16, 32, 32)}, "inflation must be 'average' or 'center', got 'foo'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_and_no_file_is_written(tmp_path, options, message):
+    torch.save(timm_layout(plain()), tmp_path / "a.pth")
+    with pytest.raises(InputError, match=message):
+        convert("timm", tmp_path / "a.pth", tmp_path / "out.safetensors", **{"num_heads": 4, **options})
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_checkpoint_is_never_written_over(tmp_path):
+    torch.save(timm_layout(plain()), tmp_path / "a.pth")
+    before = (tmp_path / "a.pth").read_bytes()
+    with pytest.raises(InputError, match=r"a\.pth: is what is read, and would be lost"):
+        convert("timm", tmp_path / "a.pth", tmp_path / "a.pth", num_heads=4)
+    assert (tmp_path / "a.pth").read_bytes() == before
+
+
+def test_the_help_of_the_command_line_names_every_source():
+    sources = [name.removeprefix("from_") for name in checkpoints.__all__ if name.startswith("from_")]
+    assert all(f" {name}" in cli.convert.__doc__ for name in sources)

@@ -326,19 +326,38 @@ def test_images_of_several_spacings_make_a_batch_once_their_degree_is_given():
     batch.affine = affines
     with pytest.raises(InputError, match="or give anisotropy"):
         tiny()(batch)
-    assert tiny()(batch, anisotropy=2).shape == (2, 5, 24)
+    assert tiny()(batch, anisotropy=2).shape == (2, 9, 24)
+
+
+def test_the_affine_of_a_2d_image_counts_too():
+    encoder, image = tiny((32, 32), rope="mm").eval(), torch.randn(1, 1, 32, 32)
+    seen = encoder(MetaTensor(image, affine=torch.diag(torch.tensor([0.3, 0.3, 1.0, 1.0])).double()))
+    torch.testing.assert_close(seen, encoder(image, spacing=[0.3, 0.3]))
+    with pytest.raises(InputError, match="Resample them to squares"):
+        encoder(MetaTensor(image, affine=torch.diag(torch.tensor([0.3, 0.9, 1.0, 1.0])).double()))
+
+
+def test_the_spacing_of_a_volume_has_three_numbers():
+    with pytest.raises(InputError, match=r"spacing \[1\.0, 1\.0\] of a volume must be three numbers"):
+        tiny()(torch.zeros(1, 1, 16, 32, 32), spacing=[1.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_an_image_of_whole_numbers_is_refused(dtype):
+    with pytest.raises(InputError, match="must be of floating-point numbers"):
+        tiny()(torch.zeros(1, 1, 16, 32, 32, dtype=dtype))
 
 
 def test_a_2d_encoder_refuses_a_volume_and_says_what_to_do():
-    with pytest.raises(InputError, match="cannot read 4 slices at once.*inflate"):
+    with pytest.raises(InputError, match=r"cannot read 4 slices at once.*inflate"):
         tiny((32, 32))(torch.zeros(1, 1, 4, 32, 32))
 
 
 def test_patches_that_cannot_be_halved_so_often_are_refused():
-    encoder = tiny((12, 12, 12), 6)
-    assert encoder(torch.zeros(1, 1, 12, 12, 12)).shape == (1, 9, 24)
-    with pytest.raises(InputError, match="patches 6 deep cannot be halved 2 times"):
-        encoder(torch.zeros(1, 1, 12, 12, 12), anisotropy=2)
+    encoder = tiny((28, 28, 28), 14)
+    assert encoder(torch.zeros(1, 1, 28, 28, 28)).shape == (1, 9, 24)
+    with pytest.raises(InputError, match="patches 14 deep cannot be halved 2 times"):
+        encoder(torch.zeros(1, 1, 12, 28, 28), anisotropy=2)
 
 
 @pytest.mark.parametrize(
