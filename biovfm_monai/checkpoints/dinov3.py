@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from biovfm_monai.checkpoints.layout import Weights, build, interleave, take_vit
+from biovfm_monai.checkpoints.layout import build, interleave, take_vit
 from biovfm_monai.checkpoints.read import renamed
+from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 

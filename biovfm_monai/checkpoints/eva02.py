@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.layout import Weights, build, give_vit, require, take_vit
+from biovfm_monai.checkpoints.layout import build, give_vit, require, take_vit
 from biovfm_monai.checkpoints.read import renamed
+from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 

@@ -18,72 +18,11 @@ import torch
 from torch import Tensor
 
 from biovfm_monai.checkpoints.encoder import load_exactly
+from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["Weights", "build", "give_vit", "interleave", "require", "take_vit"]
-
-_FAMILIES = {
-    "mae, with its decoder": r"decoder_blocks\.0\.",
-    "monai": r"(vit\.)?blocks\.0\.mlp\.linear1\.weight",
-    "huggingface": r"(.*\.)?(encoder\.)?layer\.0\.(attention|norm1)\.",
-    "dinov3": r"(storage_tokens|rope_embed\.periods)",
-    "eva02 or pumit": r"blocks\.0\.(attn\.q_proj\.weight|attn\.q_bias|mlp\.ffn_ln\.weight)",
-    "dinov2": r"blocks\.(0\.)?0\.ls1\.gamma",
-    "mocov3": r"(base|momentum)_encoder\.blocks\.0\.",
-    "timm, mae or dino": r"blocks\.0\.attn\.qkv\.weight",
-}
-
-
-class Weights:
-    """Tensors of a checkpoint, each to be taken or dropped by name.
-
-    Args:
-        tensors: name -> tensor.
-        source: name of the layout that is expected, for messages.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        self.names = list(tensors)
-        self.left = dict(tensors)
-        self.source = source
-        self.dropped: list[str] = []
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.left
-
-    def take(self, name: str) -> Tensor:
-        """One tensor, as float32.
-
-        Raises:
-            InputError: when it is not there.
-        """
-        if name not in self.left:
-            there = f" It holds {', '.join(self.names[:3])} ..." if not self._looks() else self._looks()
-            raise InputError(f"no {name} in the checkpoint, so it is not of the layout {self.source!r}.{there}")
-        return self.left.pop(name).float()
-
-    def drop(self, *patterns: str) -> None:
-        """Leave out what an encoder has no use for, by regular expression."""
-        gone = [name for name in self.left if any(re.fullmatch(pattern, name) for pattern in patterns)]
-        self.dropped += gone
-        for name in gone:
-            del self.left[name]
-
-    def finish(self) -> None:
-        """Check that everything was taken or dropped.
-
-        Raises:
-            InputError: naming what was not.
-        """
-        if self.left:
-            names = sorted(self.left)
-            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise InputError(f"not known in the layout {self.source!r}: {shown}.{self._looks()}")
-
-    def _looks(self) -> str:
-        family = next((f for f, sign in _FAMILIES.items() if any(re.match(sign, name) for name in self.names)), None)
-        return "" if family is None or self.source in re.findall(r"\w+", family) else f" It looks like {family}."
+__all__ = ["build", "give_vit", "interleave", "require", "take_vit"]
 
 
 def _entries(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.layout import Weights, build, give_vit, require, take_vit
+from biovfm_monai.checkpoints.layout import build, give_vit, require, take_vit
+from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.networks import ViT
 
 __all__ = ["TIMM_NAMES", "from_timm", "from_timm_layout", "to_timm"]

@@ -78,15 +78,16 @@ def test_a_hugging_face_network_gives_the_same_tokens_after_conversion(tmp_path,
     assert set(dropped) <= {"pooler.dense.weight", "pooler.dense.bias", "embeddings.mask_token"}
 
 
-def test_a_hugging_face_mae_gives_the_same_tokens_after_conversion(tmp_path):
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
+def test_a_hugging_face_mae_gives_the_same_tokens_after_conversion(tmp_path, size):
     decoder = {f"decoder_{name}": value for name, value in SIZES.items() if name not in ("image_size", "patch_size")}
     config = transformers.ViTMAEConfig(**SIZES, **decoder, intermediate_size=64, mask_ratio=0.0)
     reference = randomised(transformers.ViTMAEForPreTraining(config))
     reference.save_pretrained(tmp_path)
     encoder, dropped = from_huggingface(read_weights(tmp_path), num_heads=4)
-    image, order = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1).float()
+    image, order = torch.randn(2, 3, *size), torch.arange(size[0] * size[1] // 64).expand(2, -1).float()
     with torch.no_grad():
-        expected = reference.vit(pixel_values=image, noise=order).last_hidden_state
+        expected = reference.vit(image, noise=order, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(encoder(image), expected, rtol=1e-5, atol=1e-5)
     assert all(name.startswith("decoder.") for name in dropped)
 
