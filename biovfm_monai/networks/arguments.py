@@ -33,6 +33,9 @@ def check_arguments(given: Mapping[str, Any]) -> tuple[int, ...]:
     _check_width(given["embed_dim"], given["num_heads"], given["rope"], given["pos_embed"], len(sizes))
     if not 0 <= given["drop_path_rate"] < 1:
         raise InputError(f"drop_path_rate must be at least 0 and below 1, got {given['drop_path_rate']}")
+    reference = given["ref_feat_shape"]
+    if reference is not None and not (isinstance(reference, Sequence) and 2 <= len(reference) <= 3):
+        raise InputError(f"ref_feat_shape must be two or three numbers of tokens, got {reference!r}. Correct it.")
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r}")

@@ -77,7 +77,8 @@ class ViT(nn.Module):
         }  # fmt: skip
         self.in_channels, self.embed_dim, self.spatial_dims = in_channels, embed_dim, len(sizes)
         self.img_size, self.patch_size, self.head_dim = tuple(img_size), sizes, embed_dim // num_heads
-        self.rope, self.ref_feat_shape, self.global_pool = rope, ref_feat_shape, global_pool
+        self.rope, self.global_pool = rope, global_pool
+        self.ref_feat_shape = None if ref_feat_shape is None else list(ref_feat_shape)
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.sincos, self.pos_antialias = pos_embed == "sincos", pos_antialias
         self.grad_checkpointing = False
@@ -103,7 +104,8 @@ class ViT(nn.Module):
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
             anisotropy: degree of anisotropy, 0 to 5; None to take it from `spacing`, or else 5 for a 4-dimensional
                 image and 0 for a volume.
-            spacing: mm along (depth,) height and width; None for what a MetaTensor's affine says.
+            spacing: mm along (depth,) height and width; None for what the affine of a volume says, if it is a
+                MetaTensor.
 
         Raises:
             InputError: on a wrong number of axes or channels, a size that is no multiple of the patch, or as
@@ -276,7 +278,6 @@ class ViT(nn.Module):
 def _plain(image: Tensor, spacing: list[float] | None, needed: bool) -> tuple[Tensor, list[float] | None]:
     """A plain tensor, and the spacing: as given, or if needed what a MetaTensor that was turned slices first says."""
     if isinstance(image, MetaTensor):
-        if needed and spacing is None and image.ndim in (4, 5):
-            spacing = (spacing_of(image) or [])[: image.ndim - 2]
-        return image.as_tensor(), spacing
+        # Of a slice, cut from a volume, the affine still is the volume's.
+        return image.as_tensor(), spacing_of(image) if needed and spacing is None and image.ndim == 5 else spacing
     return image, spacing
