@@ -86,7 +86,7 @@ def convert(
 
     encoder, left_out = run(**options | {"path": str(path), "out": str(out)})
     size = " x ".join(str(n) for n in encoder.img_size)
-    what = f"{size} voxels, {encoder.in_channels} channel(s), {encoder.embed_dim} wide, {len(encoder.blocks)} blocks"
+    what = f"{size}, {encoder.in_channels} channel(s), {encoder.embed_dim} wide, {len(encoder.blocks)} blocks"
     done = f"{out}: ready. {what} of {encoder.arguments['num_heads']} heads, pooled by {encoder.global_pool!r}."
     without = "" if mean is not None else "\nWithout --mean and --std `biovfm embed` cannot use it."
     return f"{done}\nLeft out: {', '.join(left_out) or 'nothing'}{without}"

@@ -40,8 +40,12 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
-    draft.unlink(missing_ok=True)
-    draft.touch()
+    try:
+        draft.unlink(missing_ok=True)
+        draft.touch()
+    except OSError as error:
+        error.filename = str(path)
+        raise
     # Some libraries make their files anew, readable by the owner alone.
     mode = draft.stat().st_mode
     try:

@@ -83,6 +83,8 @@ def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None
         case "pumit":
             _write(to_pumit(encoder), out)
         case "huggingface":
+            if (out / "model.safetensors").exists():
+                raise InputError(f"{out} holds a model already. Give another folder.")
             state, config = to_huggingface(encoder)
             _write(state, out / "model.safetensors")
             with write_atomically(out / "config.json") as draft:

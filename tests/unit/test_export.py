@@ -243,6 +243,20 @@ def test_an_input_that_an_encoder_cannot_read_is_refused(tmp_path, target, argum
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_hugging_face_is_never_written_over(tmp_path):
+    _, path = encoder_file(tmp_path)
+    export("huggingface", path, tmp_path / "theirs")
+    with pytest.raises(InputError, match="theirs holds a model already"):
+        export("huggingface", path, tmp_path / "theirs")
+
+
+def test_a_file_that_cannot_be_written_is_named_as_the_user_named_it(tmp_path):
+    _, path = encoder_file(tmp_path)
+    with pytest.raises(OSError, match="too long") as caught:
+        export("safetensors", path, tmp_path / ("x" * 250))
+    assert caught.value.filename == str(tmp_path / ("x" * 250))
+
+
 def test_an_encoder_file_is_never_written_over(tmp_path):
     _, path = encoder_file(tmp_path)
     before = path.read_bytes()
