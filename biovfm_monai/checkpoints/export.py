@@ -83,12 +83,7 @@ def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None
         case "pumit":
             _write(to_pumit(encoder), out)
         case "huggingface":
-            if (out / "model.safetensors").exists():
-                raise InputError(f"{out} holds a model already. Give another folder.")
-            state, config = to_huggingface(encoder)
-            _write(state, out / "model.safetensors")
-            with write_atomically(out / "config.json") as draft:
-                draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _write_folder(encoder, out)
         case "torchscript":
             with write_atomically(out) as draft:
                 torch.jit.script(encoder).save(draft)
@@ -105,6 +100,16 @@ def _write(tensors: Mapping[str, Tensor], out: Path) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, metadata={"format": "pt"})
         else:
             torch.save(dict(tensors), draft)
+
+
+def _write_folder(encoder: ViT, out: Path) -> None:
+    """Write a folder as Hugging Face's `save_pretrained` does."""
+    if (out / "model.safetensors").exists():
+        raise InputError(f"{out} holds a model already. Give another folder.")
+    state, config = to_huggingface(encoder)
+    _write(state, out / "model.safetensors")
+    with write_atomically(out / "config.json") as draft:
+        draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _trained(path: Path) -> dict[str, Tensor]:
