@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,13 @@ ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles/biovfm_mae_pretraining"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # torch makes this folder as soon as its compiler is imported; the parallel workers inherit it.
+        folder = tempfile.TemporaryDirectory(prefix="compiler-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
     torch.set_num_threads(1)
 
 
