@@ -16,17 +16,6 @@ __all__ = ["from_biovfm"]
 def from_biovfm(
     tensors: Mapping[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None
 ) -> tuple[ViT, list[str]]:
-    """An encoder from weights of either family (the teacher's of BioVFM-D), and the names of what was left out.
-
-    BioVFM-M is written as MAE, BioVFM-D as DINOv2, and messages name these layouts.
-
-    Args:
-        tensors: as from `read_weights`.
-        num_heads: None for the published sizes.
-        img_size: height and width the network was made for; None for a square.
-
-    Raises:
-        InputError: when a tensor is missing or unknown.
-    """
+    """As `Layout.read`, of either family: BioVFM-M is written as MAE, BioVFM-D as DINOv2, and messages name these."""
     family = from_dinov2 if any(name.endswith("ls1.gamma") for name in tensors) else from_mae
     return family(tensors, num_heads, img_size)

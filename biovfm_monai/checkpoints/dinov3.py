@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from biovfm_monai.checkpoints.layout import build, interleave, take_vit
-from biovfm_monai.checkpoints.read import renamed
-from biovfm_monai.checkpoints.weights import Weights
+from biovfm_monai.checkpoints.layout import Layout, interleave
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
@@ -27,54 +25,49 @@ _BLOCK = {
     "attn.proj.{k}": "attn.proj.{k}",
     "ls1.gamma": "ls1.gamma",
     "norm2.{k}": "norm2.{k}",
+    "mlp.fc1.{k}": "mlp.fc1.{k}",
     "mlp.fc2.{k}": "mlp.fc2.{k}",
     "ls2.gamma": "ls2.gamma",
 }
-_NAMES = {
-    "patch_embed.{k}": "patch_embed.proj.{k}",
-    "cls_token": "cls_token",
-    "reg_token": "storage_tokens?",
-    **{f"blocks.{{n}}.{ours}": f"blocks.{{n}}.{theirs}" for ours, theirs in _BLOCK.items()},
-    "norm.{k}": "norm.{k}",
-}
+_LAYOUT = Layout(
+    "dinov3",
+    {
+        "patch_embed.{k}": "patch_embed.proj.{k}",
+        "cls_token": "cls_token",
+        "reg_token": "storage_tokens?",
+        **{f"blocks.{{n}}.{ours}": f"blocks.{{n}}.{theirs}" for ours, theirs in _BLOCK.items()},
+        "norm.{k}": "norm.{k}",
+    },
+    published=DINOV3_HEADS,
+    left_out=(r"mask_token", r".*\.bias_mask", r"local_cls_norm\..*", r"\w+_head\..*", r"rope_embed\.periods"),
+    rename=lambda name: name.replace("mlp.w3", "mlp.fc2"),
+    options={"norm_eps": 1e-5, "rope": "normalised", "global_pool": "token"},
+)
+_GATED = {"blocks.{n}.mlp.fc1.{k}": "blocks.{n}.mlp.w1.{k} blocks.{n}.mlp.w2.{k}"}
 
 
 def from_dinov3(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[ViT, list[str]]:
-    """An encoder from DINOv3's weights, and the names of what was left out.
-
-    A key's bias that its mask switches off is left out, too.
-
-    Args:
-        tensors: as from `read_weights`.
-        num_heads: None for the published sizes.
-
-    Raises:
-        InputError: when a tensor is missing or unknown.
-    """
-    weights = Weights(_without_masked(renamed(tensors, lambda name: name.replace("mlp.w3", "mlp.fc2"))), "dinov3")
-    weights.drop(r"mask_token", r".*\.bias_mask", r"local_cls_norm\..*", r"\w+_head\..*")
-    _check_periods(weights)
-    gated = "blocks.0.mlp.w1.weight" in weights
-    up = "blocks.{n}.mlp.w1.{k} blocks.{n}.mlp.w2.{k}" if gated else "blocks.{n}.mlp.fc1.{k}"
-    state = take_vit(weights, _NAMES | {"blocks.{n}.mlp.fc1.{k}": up})
-    weights.finish()
-    encoder = build(state, num_heads, DINOV3_HEADS, norm_eps=1e-5, rope="normalised", global_pool="token")
+    """As `Layout.read`. A key's bias that its mask switches off is left out, too."""
+    _check_periods(tensors)
+    gated = "blocks.0.mlp.w1.weight" in tensors
+    layout = replace(_LAYOUT, names={**_LAYOUT.names, **_GATED}) if gated else _LAYOUT
+    encoder, left_out = layout.read(_without_masked(tensors), num_heads)
     interleave(encoder)
-    return encoder, weights.dropped
+    return encoder, left_out
 
 
-def _check_periods(weights: Weights) -> None:
+def _check_periods(tensors: Mapping[str, Tensor]) -> None:
     """Refuse rotary positions with another base than our "normalised" ones."""
-    name = "rope_embed.periods"
-    if name in weights:
-        periods = weights.left[name].float()
+    periods = tensors.get("rope_embed.periods")
+    if periods is not None:
         ours = 100.0 ** (torch.arange(len(periods)) / len(periods))
-        if not torch.allclose(periods, ours, rtol=0.02):
-            raise InputError(f"{name} are {periods[:3].tolist()} ..., not those of base 100, which our encoder has.")
-        weights.drop(re.escape(name))
+        if not torch.allclose(periods.float(), ours, rtol=0.02):
+            raise InputError(
+                f"rope_embed.periods are {periods[:3].tolist()} ..., not those of base 100, which our encoder has."
+            )
 
 
-def _without_masked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_masked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("attn.qkv.bias") and f"{name}_mask" in tensors:

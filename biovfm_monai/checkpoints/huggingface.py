@@ -9,15 +9,15 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from biovfm_monai.checkpoints.dinov3 import DINOV3_HEADS
-from biovfm_monai.checkpoints.layout import build, give_vit, interleave, require, take_vit
+from biovfm_monai.checkpoints.layout import Layout, interleave, require
 from biovfm_monai.checkpoints.read import renamed
-from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
@@ -35,13 +35,13 @@ _VIT = _TOKENS | {
     "blocks.{n}.attn.proj.{k}": "encoder.layer.{n}.attention.output.dense.{k}",
     "norm.{k}": "layernorm.{k}",
 }
-_CLASSIC = _VIT | {
+_CLASSIC_NAMES = _VIT | {
     "blocks.{n}.norm1.{k}": "encoder.layer.{n}.layernorm_before.{k}",
     "blocks.{n}.norm2.{k}": "encoder.layer.{n}.layernorm_after.{k}",
     "blocks.{n}.mlp.fc1.{k}": "encoder.layer.{n}.intermediate.dense.{k}",
     "blocks.{n}.mlp.fc2.{k}": "encoder.layer.{n}.output.dense.{k}",
 }
-_DINOV2 = _VIT | {
+_DINOV2_NAMES = _VIT | {
     "blocks.{n}.norm1.{k}": "encoder.layer.{n}.norm1.{k}",
     "blocks.{n}.norm2.{k}": "encoder.layer.{n}.norm2.{k}",
     "blocks.{n}.mlp.fc1.{k}": "encoder.layer.{n}.mlp.fc1.{k}",
@@ -49,7 +49,7 @@ _DINOV2 = _VIT | {
     "blocks.{n}.ls1.gamma": "encoder.layer.{n}.layer_scale1.lambda1",
     "blocks.{n}.ls2.gamma": "encoder.layer.{n}.layer_scale2.lambda1",
 }
-_DINOV3 = _TOKENS | {
+_DINOV3_NAMES = _TOKENS | {
     "patch_embed.{k}": "embeddings.patch_embeddings.{k}",
     "blocks.{n}.norm1.{k}": "layer.{n}.norm1.{k}",
     "blocks.{n}.attn.qkv.weight": " ".join(f"layer.{{n}}.attention.{part}_proj.weight" for part in "qkv"),
@@ -62,8 +62,20 @@ _DINOV3 = _TOKENS | {
     "blocks.{n}.ls2.gamma": "layer.{n}.layer_scale2.lambda1",
     "norm.{k}": "norm.{k}",
 }
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 _GATED = {"blocks.{n}.mlp.fc1.{k}": "layer.{n}.mlp.gate_proj.{k} layer.{n}.mlp.up_proj.{k}"}
+_CLASSIC = Layout(
+    "huggingface",
+    _CLASSIC_NAMES,
+    published={192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24},
+    left_out=(r"decoder\..*", r"pooler\..*", r"classifier\..*", r"embeddings\.mask_token"),
+    options={"norm_eps": 1e-12, "global_pool": "token"},
+)
+_DINOV2 = replace(_CLASSIC, names=_DINOV2_NAMES, options={"norm_eps": 1e-6, "global_pool": "token"})
+_DINOV3 = replace(
+    _CLASSIC, names=_DINOV3_NAMES, published=DINOV3_HEADS,
+    options={"norm_eps": 1e-5, "rope": "normalised", "global_pool": "token"},
+)  # fmt: skip
+_DINOV3_GATED = replace(_DINOV3, names=_DINOV3_NAMES | _GATED)
 
 
 def from_huggingface(
@@ -72,36 +84,22 @@ def from_huggingface(
     norm_eps: float | None = None,
     img_size: Sequence[int] | None = None,
 ) -> tuple[ViT, list[str]]:
-    """An encoder from weights as `save_pretrained` writes them, and the names of what was left out.
+    """As `Layout.read`, from weights as `save_pretrained` writes them.
 
-    Args:
-        tensors: as from `read_weights`.
-        num_heads, norm_eps: as the model's config.json says; None for the published sizes, and for 1e-12 (ViT, ViTMAE),
-            1e-6 (Dinov2) or 1e-5 (DINOv3).
-        img_size: height and width the model is made for; None for what its positions say.
-
-    Raises:
-        InputError: when a tensor is missing or unknown.
+    norm_eps is what the model's config.json says; None for 1e-12 (ViT, ViTMAE), 1e-6 (Dinov2) or 1e-5 (DINOv3).
     """
-    weights = Weights(renamed(tensors, _plain), "huggingface")
-    decoder = any(name.startswith("decoder.") for name in weights.names)
-    weights.drop(r"decoder\..*", r"pooler\..*", r"classifier\..*", r"embeddings\.mask_token")
-    if "layer.0.attention.q_proj.weight" in weights:
-        names, options = _DINOV3, {"norm_eps": 1e-5, "rope": "normalised", "global_pool": "token"}
-        if "layer.0.mlp.gate_proj.weight" in weights:
-            names = names | _GATED
-    elif "encoder.layer.0.norm1.weight" in weights:
-        names, options = _DINOV2, {"norm_eps": 1e-6, "global_pool": "token"}
+    named = renamed(tensors, _plain)
+    if "layer.0.attention.q_proj.weight" in named:
+        layout = _DINOV3_GATED if "layer.0.mlp.gate_proj.weight" in named else _DINOV3
     else:
-        names, options = _CLASSIC, {"norm_eps": 1e-12, "global_pool": "avg" if decoder else "token"}
-    state = take_vit(weights, names, img_size)
-    weights.finish()
-    heads = DINOV3_HEADS if options.get("rope") else _HEADS
-    given = {} if norm_eps is None else {"norm_eps": norm_eps}
-    encoder = build(state, num_heads, heads, img_size, **options | given)
+        layout = _DINOV2 if "encoder.layer.0.norm1.weight" in named else _CLASSIC
+    given: dict[str, Any] = {} if norm_eps is None else {"norm_eps": norm_eps}
+    if any(name.startswith("decoder.") for name in named):
+        given["global_pool"] = "avg"
+    encoder, left_out = replace(layout, options={**layout.options, **given}).read(named, num_heads, img_size)
     if encoder.rope != "none":
         interleave(encoder)
-    return encoder, weights.dropped
+    return encoder, left_out
 
 
 def _plain(name: str) -> str:
@@ -163,7 +161,7 @@ def to_huggingface(encoder: ViT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if arguments["init_values"] is not None:
         return _to_dinov2(encoder, config)
     require(encoder, "huggingface", reg_tokens=0, swiglu_mlp=False)
-    state = give_vit(encoder, _CLASSIC, "huggingface", class_position=True)
+    state = _CLASSIC.write(encoder)
     return state, _named("ViT", "vit", config | {"intermediate_size": _hidden(encoder)})
 
 
@@ -174,7 +172,7 @@ def _to_dinov2(encoder: ViT, config: dict[str, Any]) -> tuple[dict[str, Tensor],
         raise InputError(f"Hugging Face's Dinov2 has no MLP with {hidden} hidden numbers at a width of {width}.")
     config |= {"mlp_ratio": ratio, "use_swiglu_ffn": gated}
     require(encoder, "huggingface", pos_antialias=encoder.arguments["reg_tokens"] > 0)
-    state = give_vit(encoder, _DINOV2, "huggingface", class_position=True)
+    state = _DINOV2.write(encoder)
     if gated:
         state = renamed(state, lambda n: n.replace("mlp.fc1", "mlp.weights_in").replace("mlp.fc2", "mlp.weights_out"))
     # The models hold a mask token that their encoders do not use.
@@ -197,7 +195,7 @@ def _to_dinov3(encoder: ViT, config: dict[str, Any]) -> tuple[dict[str, Tensor],
     }  # fmt: skip
     apart = copy.deepcopy(encoder)
     interleave(apart, back=True)
-    state = give_vit(apart, _DINOV3 | (_GATED if gated else {}), "huggingface")
+    state = (_DINOV3_GATED if gated else _DINOV3).write(apart)
     state["embeddings.mask_token"] = state["embeddings.cls_token"].new_zeros(1, 1, encoder.embed_dim)
     state.setdefault("embeddings.register_tokens", state["embeddings.cls_token"].new_zeros(1, 0, encoder.embed_dim))
     return state, _named("DINOv3ViT", "dinov3_vit", config)

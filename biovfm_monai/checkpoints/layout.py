@@ -1,7 +1,8 @@
-"""What all conversions of weights share: taking every tensor of a layout by name, and giving it back.
+"""How other projects write the weights of a ViT, and what reading and writing them share.
 
-A source (one file each beside this one) has a table of our names and its own. What it neither takes nor drops by name
-is an error, and so is what has no place in a layout on the way out, so that nothing is silently wrong.
+A source (one file each beside this one) is a `Layout`: a table of our names and its own, and what they do not tell.
+What it neither takes nor drops by name is an error, and so is what has no place in it on the way out, so that nothing
+is silently wrong.
 
 In a table "{n}" stands for a block's number and "{k}" for weight and bias. Query, key and value, and gate and value of
 SwiGLU, may be separate tensors there: their names with spaces between. Those that a checkpoint may lack end in "?".
@@ -11,18 +12,98 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from biovfm_monai.checkpoints.encoder import load_exactly
+from biovfm_monai.checkpoints.read import renamed
 from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["build", "give_vit", "interleave", "require", "take_vit"]
+__all__ = ["Layout", "interleave", "require"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a project writes the weights of its ViTs.
+
+    Attributes:
+        source: its name, for messages.
+        names: our name -> theirs, see above.
+        published: width -> heads of its networks.
+        left_out: regular expressions of what an encoder has no use for.
+        rename: a name as it may stand in a file -> the one in `names`.
+        spatial_dims: of its images.
+        class_position: whether the positions begin with the class token's; None for either, as it may be in a file.
+        options: of `ViT` that shapes do not tell.
+    """
+
+    source: str
+    names: Mapping[str, str]
+    published: Mapping[int, int]
+    left_out: tuple[str, ...] = ()
+    rename: Callable[[str], str] = str
+    spatial_dims: tuple[int, ...] = (2, 3)
+    class_position: bool | None = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(
+        self, tensors: Mapping[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None
+    ) -> tuple[ViT, list[str]]:
+        """An encoder from weights in this layout, and the names of what was left out.
+
+        Args:
+            tensors: as from `read_weights`.
+            num_heads: None for those of the published networks of that width.
+            img_size: size that the network was made for; None for a square or cube.
+
+        Raises:
+            InputError: when a tensor is missing or unknown, or heads or the grid of positions cannot be told.
+        """
+        weights = Weights(renamed(tensors, self.rename), self.source)
+        weights.drop(*self.left_out)
+        state = _take_vit(weights, self.names)
+        weights.finish()
+        self._check_kernel(state["kernel"])
+        if "pos_embed" in state and state["pos_embed"].ndim < 5:
+            _split_positions(state, img_size, self.class_position)
+        return _build(state, num_heads, self.published, img_size, **self.options), weights.dropped
+
+    def _check_kernel(self, kernel: Tensor) -> None:
+        if kernel.ndim - 2 not in self.spatial_dims:
+            axes = " or ".join(str(dims + 2) for dims in self.spatial_dims)
+            raise InputError(
+                f"patch kernels of {self.source!r} have {axes} axes, this one has {kernel.ndim}. "
+                "Give the source that the file comes from."
+            )
+
+    def write(self, encoder: ViT) -> dict[str, Tensor]:
+        """An encoder's tensors in this layout; positions, fixed ones too, as a table for the encoder's img_size.
+
+        Raises:
+            InputError: when a tensor has no place there.
+        """
+        state = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
+        kernel = state["patch_embed.weight"].unflatten(1, (-1, encoder.in_channels)).transpose(1, 2)
+        state["patch_embed.weight"] = kernel.unflatten(2, encoder.patch_size)
+        _join_positions(state, encoder, bool(self.class_position))
+        given: dict[str, Tensor] = {}
+        for ours, theirs in _entries(self.names):
+            for count in range(len(encoder.blocks) if "{n}" in ours else 1):
+                tensor = state.pop(ours.replace("{n}", str(count)), None)
+                if tensor is not None:
+                    parts = theirs.rstrip("?").replace("{n}", str(count)).split()
+                    # Biases of queries and values are the rows of one tensor.
+                    rows = tensor.flatten() if ours.endswith("qv_bias") else tensor
+                    given |= {n: t.contiguous() for n, t in zip(parts, rows.chunk(len(parts)), strict=True)}
+        if state:
+            raise InputError(f"the layout {self.source!r} has no place for {', '.join(sorted(state)[:5])}.")
+        return given
 
 
 def _entries(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -32,23 +113,8 @@ def _entries(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield ours.replace("{k}", kind), theirs.replace("{k}", kind)
 
 
-def take_vit(
-    weights: Weights,
-    names: Mapping[str, str],
-    img_size: Sequence[int] | None = None,
-    class_position: bool | None = True,
-) -> dict[str, Tensor]:
-    """Take an encoder's tensors in a layout that differs from ours by names only.
-
-    Args:
-        weights: of a checkpoint.
-        names: our name -> theirs, see above.
-        img_size: the positions were made for; None for a square or cube.
-        class_position: whether the positions begin with the class token's; None for either.
-
-    Returns:
-        Tensors by our names, positions as a grid, 1 x C x D x H x W; and "kernel", the patch kernel as a convolution's.
-    """
+def _take_vit(weights: Weights, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by our names; "kernel" is the patch kernel as a convolution's."""
     state: dict[str, Tensor] = {}
     depth = _depth(weights, names)
     for ours, theirs in _entries(names):
@@ -56,12 +122,7 @@ def take_vit(
             found = theirs.rstrip("?").replace("{n}", str(count)).split()
             if found[0] in weights or not theirs.endswith("?"):
                 state[ours.replace("{n}", str(count))] = torch.cat([weights.take(name) for name in found])
-    state["kernel"] = kernel = state["patch_embed.weight"]
-    if kernel.ndim not in (4, 5):
-        raise InputError(f"the patch kernel has {kernel.ndim} axes, not a convolution's 4 or 5.")
-    state["patch_embed.weight"] = kernel.flatten(2).transpose(1, 2).flatten(1)
-    if "pos_embed" in state and state["pos_embed"].ndim < 5:
-        _split_positions(state, kernel, img_size, class_position)
+    state["kernel"] = state.pop("patch_embed.weight")
     return state
 
 
@@ -72,11 +133,9 @@ def _depth(weights: Weights, names: Mapping[str, str]) -> int:
     return 1 + max((int(number.group(1)) for number in numbers if number), default=0)
 
 
-def _split_positions(
-    state: dict[str, Tensor], kernel: Tensor, img_size: Sequence[int] | None, class_position: bool | None
-) -> None:
-    """Positions of patches become a grid; that of the class token, if there is one, is added to it."""
-    table = state["pos_embed"]
+def _split_positions(state: dict[str, Tensor], img_size: Sequence[int] | None, class_position: bool | None) -> None:
+    """Positions of patches become a grid, 1 x C x D x H x W; that of the class token stands apart."""
+    table, kernel = state["pos_embed"], state["kernel"]
     if table.shape[-1] != kernel.shape[0]:
         raise InputError(f"positions are {table.shape[-1]} wide, tokens {kernel.shape[0]}.")
     table = table.reshape(1, -1, kernel.shape[0])
@@ -96,34 +155,26 @@ def _split_positions(
             "Give the size that the network was made for as --img_size."
         )
     if prefix:
-        state["cls_token"] = state["cls_token"].reshape(1, 1, -1) + table[:, :1]
+        state["cls_pos"] = table[:, :1]
     volume = grid if len(grid) == 3 else [1, *grid]
     state["pos_embed"] = table[:, prefix:].transpose(1, 2).unflatten(2, volume)
 
 
-def build(
+def _build(
     state: dict[str, Tensor],
     num_heads: int | None,
     published: Mapping[int, int],
-    img_size: Sequence[int] | None = None,
+    img_size: Sequence[int] | None,
     **options: Any,
 ) -> ViT:
-    """The encoder that tensors from `take_vit` make.
+    """The encoder that tensors from `_take_vit` make.
 
     Learned positions beside registers mean DINOv2 with registers, whose positions are resampled with antialiasing.
-
-    Args:
-        state: as from `take_vit`.
-        num_heads: None to look the width up in `published`.
-        published: width -> heads of the networks that were published in this layout.
-        img_size: what the encoder is made for where positions do not tell; None for 224 or a little less.
-        **options: of `ViT` that shapes do not tell.
-
-    Raises:
-        InputError: when the heads cannot be told, or tensors are missing.
+    Without positions it is made for img_size, or for 224 or a little less.
     """
     state = {name: tensor for name, tensor in state.items() if tensor.numel()}
     kernel = state.pop("kernel")
+    state["patch_embed.weight"] = kernel.flatten(2).transpose(1, 2).flatten(1)
     width, channels, *patch = kernel.shape
     if num_heads is None and width not in published:
         raise InputError(f"cannot tell the number of heads of a width of {width}. Give --num_heads.")
@@ -159,6 +210,7 @@ def _told(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "scale_mlp": "blocks.0.mlp.norm.weight" in state,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "class_token": "cls_token" in state,
+        "no_embed_class": "cls_pos" not in state,
         "reg_tokens": state["reg_token"].shape[-2] if "reg_token" in state else 0,
         "final_norm": "norm.weight" in state,
         "pos_embed": "learn" if "pos_embed" in state else "none",
@@ -180,42 +232,19 @@ def require(encoder: ViT, layout: str, **arguments: Any) -> None:
             )
 
 
-def give_vit(encoder: ViT, names: Mapping[str, str], layout: str, class_position: bool = False) -> dict[str, Tensor]:
-    """An encoder's tensors by their names in a layout, the way back of `take_vit`.
-
-    Positions, fixed ones too, are written as a table for the encoder's img_size.
-
-    Args:
-        encoder: of the weights.
-        names: as in `take_vit`.
-        layout: its name, for messages.
-        class_position: whether the table begins with the class token's position, which is zero.
-
-    Raises:
-        InputError: when a tensor has no place there.
-    """
-    state = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
-    patch = encoder.patch_size
-    kernel = state["patch_embed.weight"].unflatten(1, (-1, encoder.in_channels)).transpose(1, 2).unflatten(2, patch)
-    state["patch_embed.weight"] = kernel
-    grid = [n // p for n, p in zip(encoder.img_size, patch, strict=True)]
+def _join_positions(state: dict[str, Tensor], encoder: ViT, class_position: bool) -> None:
+    """The grid of positions becomes a table again, with the class token's first; or that is added to the token."""
+    own = state.pop("cls_pos", None)
+    if own is not None and not class_position:
+        state["cls_token"] = state["cls_token"] + own
+    grid = [n // p for n, p in zip(encoder.img_size, encoder.patch_size, strict=True)]
     d, h, w = grid if len(grid) == 3 else (1, *grid)
     table = encoder.positions((d, h, w), torch.device("cpu"))
     if table is not None:
-        first = table.new_zeros(1, int(class_position and encoder.cls_token is not None), encoder.embed_dim)
-        state["pos_embed"] = torch.cat([first, table.detach()], dim=1)
-    given: dict[str, Tensor] = {}
-    for ours, theirs in _entries(names):
-        for count in range(len(encoder.blocks) if "{n}" in ours else 1):
-            tensor = state.pop(ours.replace("{n}", str(count)), None)
-            if tensor is not None:
-                parts = theirs.rstrip("?").replace("{n}", str(count)).split()
-                # Biases of queries and values are the rows of one tensor.
-                rows = tensor.flatten() if ours.endswith("qv_bias") else tensor
-                given |= {n: t.contiguous() for n, t in zip(parts, rows.chunk(len(parts)), strict=True)}
-    if state:
-        raise InputError(f"the layout {layout!r} has no place for {', '.join(sorted(state)[:5])}.")
-    return given
+        state["pos_embed"] = table.detach()
+        if class_position and encoder.cls_token is not None:
+            first = table.new_zeros(1, 1, encoder.embed_dim) if own is None else own
+            state["pos_embed"] = torch.cat([first, state["pos_embed"]], dim=1)
 
 
 @torch.no_grad()

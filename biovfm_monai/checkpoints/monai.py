@@ -4,60 +4,55 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.layout import build, give_vit, require, take_vit
-from biovfm_monai.checkpoints.read import renamed
-from biovfm_monai.checkpoints.weights import Weights
+from biovfm_monai.checkpoints.layout import Layout, require
 from biovfm_monai.networks import ViT
 
 __all__ = ["from_monai", "to_monai"]
 
-_NAMES = {
-    "patch_embed.{k}": "patch_embedding.patch_embeddings.{k}",
-    "cls_token": "cls_token?",
-    "pos_embed": "patch_embedding.position_embeddings",
-    "blocks.{n}.norm1.{k}": "blocks.{n}.norm1.{k}",
-    "blocks.{n}.attn.qkv.{k}": "blocks.{n}.attn.qkv.{k}?",
-    "blocks.{n}.attn.proj.{k}": "blocks.{n}.attn.out_proj.{k}",
-    "blocks.{n}.norm2.{k}": "blocks.{n}.norm2.{k}",
-    "blocks.{n}.mlp.fc1.{k}": "blocks.{n}.mlp.linear1.{k}",
-    "blocks.{n}.mlp.fc2.{k}": "blocks.{n}.mlp.linear2.{k}",
-    "norm.{k}": "norm.{k}",
-}
+
+def _plain(name: str) -> str:
+    """Without UNETR's prefix; and the final norm, which `MaskedAutoEncoderViT` has as its last block."""
+    return re.sub(r"^blocks\.\d+\.(weight|bias)$", r"norm.\1", name.removeprefix("vit."))
+
+
+_LAYOUT = Layout(
+    "monai",
+    {
+        "patch_embed.{k}": "patch_embedding.patch_embeddings.{k}",
+        "cls_token": "cls_token?",
+        "pos_embed": "patch_embedding.position_embeddings",
+        "blocks.{n}.norm1.{k}": "blocks.{n}.norm1.{k}",
+        "blocks.{n}.attn.qkv.{k}": "blocks.{n}.attn.qkv.{k}?",
+        "blocks.{n}.attn.proj.{k}": "blocks.{n}.attn.out_proj.{k}",
+        "blocks.{n}.norm2.{k}": "blocks.{n}.norm2.{k}",
+        "blocks.{n}.mlp.fc1.{k}": "blocks.{n}.mlp.linear1.{k}",
+        "blocks.{n}.mlp.fc2.{k}": "blocks.{n}.mlp.linear2.{k}",
+        "norm.{k}": "norm.{k}",
+    },
+    published={768: 12},
+    left_out=(
+        r".*\.norm_cross_attn\..*", r".*\.cross_attn\..*", r"classification_head\..*", r"decoder.*", r"mask_tokens?",
+    ),
+    rename=_plain,
+    class_position=False,
+    options={"norm_eps": 1e-5},
+)  # fmt: skip
 
 
 def from_monai(
     tensors: Mapping[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None
 ) -> tuple[ViT, list[str]]:
-    """An encoder from weights of a MONAI network, and the names of what was left out (decoders, unused norms).
+    """As `Layout.read`; MONAI's axes become depth, height and width in their order.
 
-    MONAI's axes become depth, height and width in their order. MONAI adds no position to the class token, and a
-    network with proj_type "conv" is expected, which is MONAI's default.
-
-    Args:
-        tensors: as from `read_weights`.
-        num_heads: None for 12 at a width of 768, which is MONAI's default.
-        img_size: the network was made for; None for a square or cube.
-
-    Raises:
-        InputError: when a tensor is missing or unknown, or the positions fit no such grid.
+    A network with proj_type "conv" is expected, which is MONAI's default.
     """
-    inner = any(name.startswith("vit.") for name in tensors)
-    weights = Weights(renamed(tensors, _plain), "monai")
-    weights.drop(
-        r".*\.norm_cross_attn\..*", r".*\.cross_attn\..*", r"classification_head\..*", r"decoder.*", r"mask_tokens?"
-    )
-    weights.drop(*([r"encoder\d+\..*", r"out\..*"] if inner else []))
-    state = take_vit(weights, _NAMES, img_size, class_position=False)
-    weights.finish()
-    return build(state, num_heads, {768: 12}, norm_eps=1e-5), weights.dropped
-
-
-def _plain(name: str) -> str:
-    """UNETR's prefix, and the final norm that `MaskedAutoEncoderViT` has as its last block."""
-    return re.sub(r"^blocks\.\d+\.(weight|bias)$", r"norm.\1", name.removeprefix("vit."))
+    unetr = any(name.startswith("vit.") for name in tensors)
+    rest = (r"encoder\d+\..*", r"out\..*") if unetr else ()
+    return replace(_LAYOUT, left_out=_LAYOUT.left_out + rest).read(tensors, num_heads, img_size)
 
 
 def to_monai(encoder: ViT) -> dict[str, Tensor]:
@@ -69,4 +64,4 @@ def to_monai(encoder: ViT) -> dict[str, Tensor]:
         InputError: when MONAI's ViT has no place for something.
     """
     require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False, final_norm=True)
-    return give_vit(encoder, _NAMES, "monai")
+    return _LAYOUT.write(encoder)

@@ -1,28 +1,27 @@
-"""Weights of PUMIT's SPAD-ViT (https://github.com/function2-llx/PUMIT)."""
+"""Weights of PUMIT's SPAD-ViT (https://github.com/function2-llx/PUMIT), which names them as EVA-02 does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.eva02 import from_eva02_layout, to_eva02_layout
+from biovfm_monai.checkpoints.eva02 import EVA02_LAYOUT, fused_or_not
+from biovfm_monai.checkpoints.layout import require
 from biovfm_monai.networks import ViT
 
 __all__ = ["from_pumit", "to_pumit"]
 
+_LAYOUT = replace(
+    EVA02_LAYOUT, source="pumit", spatial_dims=(3,), class_position=False,
+    options={"rope": "index", "norm_eps": 1e-5, "global_pool": "token"},
+)  # fmt: skip
+
 
 def from_pumit(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[ViT, list[str]]:
-    """A spatially adaptive encoder from PUMIT's weights, and the names of what was left out (mask token, head).
-
-    Args:
-        tensors: as from `read_weights`.
-        num_heads: None for the published sizes.
-
-    Raises:
-        InputError: when a tensor is missing or unknown.
-    """
-    return from_eva02_layout("pumit", tensors, 5, num_heads, norm_eps=1e-5, global_pool="token")
+    """As `Layout.read`: a spatially adaptive encoder."""
+    return fused_or_not(_LAYOUT, tensors).read(tensors, num_heads)
 
 
 def to_pumit(encoder: ViT) -> dict[str, Tensor]:
@@ -33,6 +32,6 @@ def to_pumit(encoder: ViT) -> dict[str, Tensor]:
     Raises:
         InputError: when the layout has no place for something.
     """
-    state = to_eva02_layout(encoder, "pumit", spatial_dims=3, pos_embed="learn", ref_feat_shape=None)
-    state["pos_embed"] = encoder.state_dict()["pos_embed"].cpu()
-    return state
+    require(encoder, "pumit", class_token=True, final_norm=True, rope="index", swiglu_mlp=True, k_bias=False)
+    require(encoder, "pumit", spatial_dims=3, pos_embed="learn", ref_feat_shape=None)
+    return _LAYOUT.write(encoder) | {"pos_embed": encoder.state_dict()["pos_embed"].cpu()}

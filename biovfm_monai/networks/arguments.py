@@ -39,6 +39,8 @@ def check_arguments(given: Mapping[str, Any]) -> tuple[int, ...]:
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r}")
+    if not given["no_embed_class"] and not (given["class_token"] and given["pos_embed"] == "learn"):
+        raise InputError("no_embed_class False needs class_token and pos_embed 'learn'. Leave it out.")
     if given["global_pool"] == "token" and not given["class_token"]:
         raise InputError("global_pool 'token' needs class_token. Pool by 'avg', or give it one.")
     return sizes

@@ -29,8 +29,8 @@ class ViT(nn.Module):
         img_size: size the encoder is made for, (height, width) or (depth, height, width); any size whose axes are
             multiples of the patch is accepted in use. Made for volumes, it takes 2D images, too.
         patch_size: voxels per token, one number or one per axis of img_size.
-        embed_dim, depth, num_heads, drop_path_rate, reg_tokens, class_token, final_norm, global_pool: as in
-            timm. The drop-path rate grows linearly with depth.
+        embed_dim, depth, num_heads, drop_path_rate, reg_tokens, class_token, final_norm, global_pool,
+            no_embed_class: as in timm. The drop-path rate grows linearly with depth.
         norm_eps: of all norms.
         pos_embed: "sincos", fixed; "learn", a grid made for img_size and resampled for other sizes; or "none".
         pos_antialias: how a learned grid is resampled, see `interpolate_grid`.
@@ -39,6 +39,7 @@ class ViT(nn.Module):
         ref_feat_shape: tokens along (depth,) height and width of a grid that "index" is scaled to, as EVA-02 does for
             images larger than it was trained on; None to count tokens.
         global_pool: what `Embedder` makes of the tokens: "avg" or "max" of the patches', or the class "token".
+        no_embed_class: False gives the class token a learned position beside the grid's, as files of others have it.
         **block_options: mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp and init_values of `Block`.
 
     Attributes:
@@ -67,6 +68,7 @@ class ViT(nn.Module):
         rope: str = "none",
         ref_feat_shape: list[int] | None = None,
         global_pool: str = "avg",
+        no_embed_class: bool = True,
         **block_options: Any,
     ) -> None:
         super().__init__()
@@ -87,13 +89,14 @@ class ViT(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         grid = [n // p for n, p in zip(in_3d(self.img_size), self.patch_embed.patch_size, strict=True)]
         self.pos_embed = nn.Parameter(torch.empty(1, embed_dim, *grid)) if pos_embed == "learn" else None
+        self.cls_pos = None if no_embed_class else nn.Parameter(torch.empty(1, 1, embed_dim))
         rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, drop_path=rate, norm_eps=norm_eps, **block_options) for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity()
         self.apply(init_weights)
-        for tokens in (self.cls_token, self.reg_token, self.pos_embed):
+        for tokens in (self.cls_token, self.reg_token, self.pos_embed, self.cls_pos):
             if tokens is not None:
                 nn.init.trunc_normal_(tokens, std=0.02)
 
@@ -176,7 +179,10 @@ class ViT(nn.Module):
         if positions is not None:
             # Under autocast tokens stay float32; weights of another precision keep to it.
             x = x + positions.to(self.patch_embed.weight.dtype)
-        for token in (self.reg_token, self.cls_token):
+        class_token: Tensor | None = self.cls_token
+        if class_token is not None and self.cls_pos is not None:
+            class_token = class_token + self.cls_pos
+        for token in (self.reg_token, class_token):
             if token is not None:
                 x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
         if angles is not None:

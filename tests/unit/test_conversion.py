@@ -137,10 +137,8 @@ def timm_layout(encoder):
     state["patch_embed.proj.weight"] = kernel.transpose(1, 2).unflatten(2, encoder.patch_size)
     state["patch_embed.proj.bias"] = state.pop("patch_embed.bias")
     if encoder.spatial_dims == 2 and "pos_embed" in state:
-        # The class token's own position is stored apart from it.
-        place = torch.randn(1, 1, encoder.embed_dim)
-        state["cls_token"] = state["cls_token"] - place
-        state["pos_embed"] = torch.cat([place, state["pos_embed"].flatten(2).transpose(1, 2)], dim=1)
+        # The table begins with the class token's own position.
+        state["pos_embed"] = torch.cat([state.pop("cls_pos"), state["pos_embed"].flatten(2).transpose(1, 2)], dim=1)
     if "reg_token" in state:
         state["register_tokens"] = state.pop("reg_token")
     return state
@@ -200,7 +198,9 @@ def dinov3_layout(encoder):
 
 def plain(**options):
     sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "pos_embed": "learn"}
-    return randomised(ViT(3, **{**sizes, **options}))
+    options = sizes | options
+    flat = len(options["img_size"]) == 2 and options["pos_embed"] == "learn"
+    return randomised(ViT(3, **{"no_embed_class": not flat, **options}))
 
 
 DINOV2 = {"init_values": 1.0, "global_pool": "token"}
@@ -283,6 +283,9 @@ def test_a_file_in_an_official_layout_gives_back_the_encoder_it_was_made_from(tm
     layout = dinov3_layout if source == "dinov3" else timm_layout
     torch.save(wrap(layout(expected)), tmp_path / "weights.pth")
     encoder, _ = getattr(checkpoints, f"from_{source}")(read_weights(tmp_path / "weights.pth"), num_heads=4)
+    weights = expected.state_dict()
+    assert encoder.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
     image = torch.randn(2, 3, 32, 40)
     torch.testing.assert_close(encoder(image), expected(image), rtol=1e-5, atol=1e-5)
     # The size it is made for, the share of the MLP and LayerScale's first value are told by shapes, or not at all.
@@ -329,7 +332,14 @@ def test_a_volume_size_that_makes_no_encoder_is_refused(size):
 
 @pytest.mark.parametrize("mode", ["average", "center"])
 @pytest.mark.parametrize(
-    "options", [{}, {"rope": "index", "pos_embed": "none"}, {"reg_tokens": 2}, {"pos_embed": "sincos"}]
+    "options",
+    [
+        {},
+        {"rope": "index", "pos_embed": "none"},
+        {"reg_tokens": 2},
+        {"pos_embed": "sincos"},
+        {"no_embed_class": False},
+    ],
 )
 def test_an_inflated_encoder_gives_2d_images_the_tokens_they_had(mode, options):
     flat = randomised(ViT(3, (32, 32), 8, embed_dim=32, depth=2, num_heads=4, **{"pos_embed": "learn", **options}))
@@ -376,12 +386,12 @@ def test_a_missing_tensor_is_named():
 @pytest.mark.parametrize(
     ("layout", "source", "message"),
     [
-        ("EVA-02", "pumit", "the patch kernel has 4 axes, not 5. It looks like eva02"),
-        ("PUMIT", "eva02", "the patch kernel has 5 axes, not 4. It looks like pumit"),
+        ("EVA-02", "pumit", "patch kernels of 'pumit' have 5 axes, this one has 4"),
+        ("PUMIT", "eva02", "patch kernels of 'eva02' have 4 axes, this one has 5"),
         ("DINOv2", "mae", r"not known in the layout 'mae': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
         ("DINOv2", "dino", r"not known in the layout 'dino': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
         ("MAE", "dinov2", r"no blocks\.0\.ls1\.gamma in the checkpoint"),
-        ("timm", "mocov3", "no base_encoder in the checkpoint"),
+        ("timm", "mocov3", r"no base_encoder\.patch_embed\.proj\.weight in the checkpoint"),
     ],
 )
 def test_a_near_relative_is_refused_too(layout, source, message):
@@ -419,6 +429,13 @@ def test_the_published_networks_get_their_heads(source, width, heads):
         state["rope_embed.periods"] = 100 ** (torch.arange(16) / 16)
     state = prefixed(state, "base_encoder.") if source == "mocov3" else state
     assert getattr(checkpoints, f"from_{source}")(state)[0].arguments["num_heads"] == heads
+
+
+def test_a_patch_kernel_that_is_no_convolution_is_refused():
+    state = timm_layout(plain())
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+    with pytest.raises(InputError, match="patch kernels of 'mae' have 4 or 5 axes, this one has 2"):
+        from_mae(state, num_heads=4)
 
 
 def test_a_matrix_of_another_shape_is_no_matrix_of_ours():

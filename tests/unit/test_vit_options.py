@@ -33,6 +33,7 @@ OPTIONS = {
     "no final norm": {"final_norm": False},
     "no class token": {"class_token": False},
     "learned grid": {"pos_embed": "learn"},
+    "learned grid with the class token's place": {"pos_embed": "learn", "no_embed_class": False},
     "rope": {"pos_embed": "none", "rope": "index"},
     "rope in mm": {"pos_embed": "none", "rope": "mm"},
     "normalised rope": {"pos_embed": "none", "rope": "normalised", "reg_tokens": 2},
