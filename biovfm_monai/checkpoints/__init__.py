@@ -5,7 +5,7 @@ from biovfm_monai.checkpoints.convert import convert
 from biovfm_monai.checkpoints.dino import from_dino
 from biovfm_monai.checkpoints.dinov2 import from_dinov2, to_dinov2
 from biovfm_monai.checkpoints.dinov3 import from_dinov3
-from biovfm_monai.checkpoints.encoder import build_encoder, encoder_info, load_encoder, save_encoder
+from biovfm_monai.checkpoints.encoder import build_encoder, encoder_info, load_encoder, save_embedder, save_encoder
 from biovfm_monai.checkpoints.eva02 import from_eva02
 from biovfm_monai.checkpoints.export import export
 from biovfm_monai.checkpoints.huggingface import from_huggingface, to_huggingface
@@ -20,6 +20,6 @@ from biovfm_monai.checkpoints.timm import from_timm, to_timm
 __all__ = [
     "build_encoder", "convert", "encoder_info", "export", "from_biovfm", "from_dino", "from_dinov2", "from_dinov3",
     "from_eva02", "from_huggingface", "from_mae", "from_mocov3", "from_monai", "from_pumit", "from_timm", "inflate",
-    "load_encoder", "read_weights", "save_encoder", "to_dinov2", "to_huggingface", "to_monai", "to_pumit", "to_timm",
-    "with_channels",
+    "load_encoder", "read_weights", "save_embedder", "save_encoder", "to_dinov2", "to_huggingface", "to_monai",
+    "to_pumit", "to_timm", "with_channels",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 from biovfm_monai import networks
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
-from biovfm_monai.networks import ViT
+from biovfm_monai.networks import Embedder, ViT
 
-__all__ = ["build_encoder", "encoder_info", "load_encoder", "load_exactly", "save_encoder"]
+__all__ = ["build_encoder", "encoder_info", "load_encoder", "load_exactly", "save_embedder", "save_encoder"]
 
 _HEADER = "biovfm_monai"
 _PREFIX = "biovfm_monai.networks."
@@ -48,6 +49,12 @@ def save_encoder(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with write_atomically(path) as draft:
         save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
+
+
+def save_embedder(encoder: ViT, path: str | Path) -> None:
+    """Write a bundle's `models/model.pt`: {"model": weights of `Embedder`}; what was there stays until it is whole."""
+    with write_atomically(path) as draft:
+        torch.save({"model": Embedder(encoder).state_dict()}, draft)
 
 
 def encoder_info(path: str | Path) -> dict[str, Any]:

@@ -11,21 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from biovfm_monai.checkpoints.dinov2 import to_dinov2
-from biovfm_monai.checkpoints.encoder import load_encoder
+from biovfm_monai import checkpoints
+from biovfm_monai.checkpoints.encoder import load_encoder, save_embedder
 from biovfm_monai.checkpoints.huggingface import to_huggingface
-from biovfm_monai.checkpoints.monai import to_monai
 from biovfm_monai.checkpoints.onnx import write_onnx
-from biovfm_monai.checkpoints.pumit import to_pumit
 from biovfm_monai.checkpoints.read import require_other
-from biovfm_monai.checkpoints.timm import to_timm
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
-from biovfm_monai.networks import Embedder, ViT
+from biovfm_monai.networks import ViT
 
 __all__ = ["export"]
 
-_FORMATS = ("safetensors", "timm", "dinov2", "huggingface", "monai", "pumit", "torchscript", "onnx", "bundle", "method")
+_OF_OURS = ("safetensors", "torchscript", "onnx", "bundle", "method")
 
 
 def export(
@@ -50,8 +47,8 @@ def export(
     Raises:
         InputError: when the format is unknown or has no place for something, or a file cannot be used.
     """
-    if target not in _FORMATS:
-        raise InputError(f"format {target!r} is unknown. Give one of {', '.join(_FORMATS)}.")
+    if target not in formats():
+        raise InputError(f"format {target!r} is unknown. Give one of {', '.join(formats())}.")
     if target != "onnx" and (img_size, anisotropy) != (None, None):
         raise InputError(f"--img_size and --anisotropy are of onnx; {target} takes images of any size.")
     if anisotropy is not None and not isinstance(anisotropy, int):
@@ -70,18 +67,15 @@ def export(
         raise InputError(f"{path}: {error}") from error
 
 
+def formats() -> list[str]:
+    """What an encoder file can be exported to."""
+    return [*_OF_OURS, *(name.removeprefix("to_") for name in checkpoints.__all__ if name.startswith("to_"))]
+
+
 def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None, anisotropy: int | None) -> None:
     match target:
         case "safetensors":
             _write(encoder.state_dict(), out)
-        case "timm":
-            _write(to_timm(encoder), out)
-        case "dinov2":
-            _write(to_dinov2(encoder), out)
-        case "monai":
-            _write(to_monai(encoder), out)
-        case "pumit":
-            _write(to_pumit(encoder), out)
         case "huggingface":
             _write_folder(encoder, out)
         case "torchscript":
@@ -90,8 +84,9 @@ def _export(target: str, encoder: ViT, out: Path, img_size: Sequence[int] | None
         case "onnx":
             write_onnx(encoder, out, img_size, anisotropy)
         case "bundle":
-            with write_atomically(out) as draft:
-                torch.save({"model": Embedder(encoder).state_dict()}, draft)
+            save_embedder(encoder, out)
+        case _:
+            _write(getattr(checkpoints, f"to_{target}")(encoder), out)
 
 
 def _write(tensors: Mapping[str, Tensor], out: Path) -> None:

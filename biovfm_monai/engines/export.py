@@ -11,10 +11,9 @@ from ignite.engine import Events
 
 import biovfm_monai
 from biovfm_monai import distributed
-from biovfm_monai.checkpoints import save_encoder
+from biovfm_monai.checkpoints import save_embedder, save_encoder
 from biovfm_monai.engines.trainer import PretrainingTrainer
-from biovfm_monai.files import set_aside, write_atomically
-from biovfm_monai.networks import Embedder
+from biovfm_monai.files import set_aside
 
 __all__ = ["EncoderHandler"]
 
@@ -56,5 +55,4 @@ class EncoderHandler:
             "torch": torch.__version__,
         }
         save_encoder(encoder, self.folder / "encoder.safetensors", self.preprocessing, training)
-        with write_atomically(self.folder / "model.pt") as draft:
-            torch.save({"model": Embedder(encoder).state_dict()}, draft)
+        save_embedder(encoder, self.folder / "model.pt")

@@ -1,9 +1,9 @@
-"""Run under torchrun or alone: train an encoder on photos, thick slices and volumes in turn, write its weights."""
+"""Run under torchrun or alone: train an encoder on photos, thick slices and volumes in turn; write weights and maps."""
 
 import sys
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +30,7 @@ def main(out: str, wrapping: str) -> None:
         for block in encoder.blocks:
             fully_shard(block)
         fully_shard(encoder)
+        register_fsdp_forward_method(encoder, "features")
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
     half = slice(distributed.rank(), None, 2) if wrapping != "alone" else slice(None)
     for step in range(6):
@@ -37,9 +38,11 @@ def main(out: str, wrapping: str) -> None:
         network(images[half], ANISOTROPY[step % 3]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    with torch.no_grad():
+        first, last = encoder.features(torch.ones(1, 1, 4, 32, 32), [0, 1], anisotropy=2)
     weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in encoder.named_parameters()}
     if distributed.rank() == 0:
-        torch.save({name: p.detach() for name, p in weights.items()}, out)
+        torch.save({name: p.detach() for name, p in weights.items()} | {"first": first, "last": last}, out)
     distributed.finalize()
 
 

@@ -86,14 +86,14 @@ def test_two_processes_find_the_samples_that_the_first_one_writes(tmp_path):
 def encoder_alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("encoder") / "alone.pt"
     call([sys.executable, ENCODER, out, "alone"], out.parent)
-    return torch.load(out)
+    return torch.load(out, weights_only=True)
 
 
 @pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_an_encoder_of_images_of_all_kinds_learns_the_same_when_wrapped(encoder_alone, tmp_path, wrapping):
     call([*TORCHRUN, 2, ENCODER, tmp_path / "wrapped.pt", wrapping], tmp_path)
-    weights = torch.load(tmp_path / "wrapped.pt")
+    weights = torch.load(tmp_path / "wrapped.pt", weights_only=True)
     assert weights.keys() == encoder_alone.keys()
     for name, expected in encoder_alone.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

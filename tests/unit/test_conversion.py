@@ -5,6 +5,8 @@ import copy
 import io
 import pickle
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -365,6 +367,20 @@ def test_an_encoder_of_one_channel_sees_a_grey_image_as_its_model_saw_it_in_colo
     torch.testing.assert_close(again(image.expand(-1, 3, -1, -1)), grey(image), rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="one of the two must be 1"):
         with_channels(colour, 4)
+
+
+def test_the_example_of_a_source_in_the_documentation_reads_its_layout(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs/add-a-checkpoint-source.md").read_text()
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", guide, re.DOTALL).group(1))
+    from_mine = runpy.run_path(tmp_path / "mine.py")["from_mine"]
+    expected = plain(**DINOV2, norm_eps=1e-5)
+    state = {
+        "trunk." + re.sub(r"ls(\d)\.gamma", r"scale\1", name): value for name, value in timm_layout(expected).items()
+    }
+    encoder, left_out = from_mine(state | {"head.bias": ZERO}, num_heads=4)
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(encoder(image), expected(image), rtol=1e-5, atol=1e-5)
+    assert left_out == ["head.bias"]
 
 
 # Bad input
