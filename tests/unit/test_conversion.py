@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.nets import UNETR, MaskedAutoEncoderViT
 from monai.networks.nets import ViT as MonaiViT
+from monai.transforms import CenterSpatialCrop, Compose, LoadImage, Orientation, ScaleIntensity
 from safetensors.torch import save_file
 
 from biovfm_monai import checkpoints, cli
@@ -30,6 +32,7 @@ from biovfm_monai.checkpoints import (
     with_channels,
 )
 from biovfm_monai.checkpoints.layout import interleave
+from biovfm_monai.data import sample_datalist
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
@@ -356,6 +359,21 @@ def test_an_inflated_encoder_gives_2d_images_the_tokens_they_had(mode, options):
         )
     else:
         assert (kernel[:, [0, 1, 2, 5, 6, 7]] == 0).all()
+
+
+def test_a_brain_in_thick_slices_gives_the_tokens_of_the_brain_at_one_millimetre():
+    """The degree is read from each affine; a kernel that is even over depth cannot tell a slab from its mean."""
+    load = Compose([LoadImage(ensure_channel_first=True), Orientation("SPL", labels=None), ScaleIntensity()])
+    brain = CenterSpatialCrop((64, 96, 96))(load(sample_datalist()[0]["image"]))
+    flat = randomised(ViT(1, (96, 96), 16, embed_dim=32, depth=2, num_heads=4, pos_embed="none"))
+    encoder = inflate(flat, (64, 96, 96))
+    expected = encoder(brain[None])
+    assert expected[:, 1:].std(1).mean() > 0.01, "tokens of all places are alike, so nothing was compared"
+    for thickness in (2, 4, 8):
+        slices = brain.as_tensor().unflatten(1, (-1, thickness)).mean(2)
+        affine = brain.affine @ torch.diag(torch.tensor([thickness, 1.0, 1.0, 1.0], dtype=torch.float64))
+        thick = MetaTensor(slices, affine=affine)
+        torch.testing.assert_close(encoder(thick[None]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_encoder_of_one_channel_sees_a_grey_image_as_its_model_saw_it_in_colour():
