@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from biovfm_monai.networks.positions import rotate
 
@@ -26,8 +27,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Attention of each image's tokens among themselves, images one after the other in a batch of one.
 
-    Neighbours of equal length are one batch, so that many small crops do not make many small calls.
+    On GPUs one kernel does all of them in half precision. Elsewhere neighbours of equal length are one batch, so that
+    many small crops do not make many small calls.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - what stands under this alone is not compiled
+        if _flash_takes(v):
+            return _flash_within(q, k, v, lengths)
     parts: list[Tensor] = []
     start, number = 0, 0
     while number < len(lengths):
@@ -39,6 +44,27 @@ def _attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tenso
         parts.append(_attend(rows[0], rows[1], rows[2]).transpose(0, 1).flatten(1, 2))
         start = end
     return torch.cat(parts, dim=1)[None]
+
+
+def _flash_takes(v: Tensor) -> bool:
+    """Whether the kernel for sequences of several lengths can be used (https://arxiv.org/abs/2307.08691)."""
+    return (
+        v.is_cuda
+        and v.dtype in (torch.float16, torch.bfloat16)
+        and v.shape[-1] % 8 == 0
+        and v.shape[-1] <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(v.device) >= (8, 0)
+    )
+
+
+def _flash_within(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    # Without waiting for the device, which each block would do.
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(v.device, non_blocking=True)
+    # Rotation and norms leave queries and keys in float32 under autocast.
+    q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
+    attended: Tensor = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))  # type: ignore[assignment]
+    return attended.transpose(0, 1)[None]
 
 
 class Attention(nn.Module):

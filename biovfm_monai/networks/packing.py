@@ -20,8 +20,8 @@ def encode_packed(
 ) -> list[Tensor]:
     """Encode images of different sizes and degrees of anisotropy at once.
 
-    Their tokens lie one after the other, and attend to those of their own image only. Images of one size that stand
-    next to each other share one call of attention, so it pays to sort by size.
+    Their tokens lie one after the other, and attend to those of their own image only. On GPUs one kernel does so for
+    all in half precision; elsewhere images of one size that stand next to each other share a call, so sorting pays.
 
     Args:
         encoder: of the images.

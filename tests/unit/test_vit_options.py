@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from biovfm_monai.networks import (
     Attention,
     DropPath,
     ViT,
+    blocks,
     encode_packed,
     interpolate_grid,
     rotary_angles,
@@ -110,6 +112,34 @@ def test_packed_images_of_several_sizes_equal_each_on_its_own(options):
     packed = encode_packed(encoder, images, anisotropy)
     for image, degree, tokens in zip(images, anisotropy, packed, strict=True):
         torch.testing.assert_close(tokens, encoder(image, degree), rtol=1e-5, atol=1e-5)
+
+
+def one_kernel(q, k, v, ends_q, ends_k, longest_q, longest_k):
+    """What `varlen_attn` of torch documents, slowly: T x heads x head_dim in and out, sequences at cumulative ends."""
+    assert q.dtype == k.dtype == v.dtype
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    assert longest_q == longest_k == int(ends_q.diff().max())
+    parts = []
+    for a, b in pairwise(ends_q):
+        rows = [x[a:b].transpose(0, 1) for x in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*rows).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_packed_images_in_one_kernel_equal_each_on_its_own(options, monkeypatch):
+    encoder = tiny(**options)
+    images = [torch.randn(1, 1, 16, 32, 32), torch.randn(3, 1, 40, 24)]
+    expected = [encoder.eval()(image) for image in images]
+    monkeypatch.setattr(blocks, "_flash_takes", lambda v: True)
+    monkeypatch.setattr(blocks, "varlen_attn", one_kernel)
+    torch.testing.assert_close(encode_packed(encoder, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_one_kernel_of_torch_is_called_as_it_wants():
+    q = torch.empty(1, 3, 20, 8, device="meta")
+    v = torch.empty(1, 3, 20, 8, device="meta", dtype=torch.bfloat16)
+    attended = blocks._flash_within(q, q, v, [12, 4, 4])
+    assert (attended.shape, attended.dtype) == (v.shape, v.dtype)
 
 
 def test_checkpointed_blocks_give_the_same_gradients(options):
