@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from biovfm_monai.data import write_samples
-
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles/biovfm_mae_pretraining"
 
@@ -21,7 +19,7 @@ BUNDLE = ROOT / "bundles/biovfm_mae_pretraining"
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # torch makes this folder as soon as its compiler is imported; the parallel workers inherit it.
+        # torch makes this folder as soon as monai is imported, which is after this; parallel workers inherit it.
         folder = tempfile.TemporaryDirectory(prefix="compiler-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
@@ -36,6 +34,8 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample images as a dataset folder."""
+    from biovfm_monai.data import write_samples
+
     return Path(write_samples(tmp_path_factory.mktemp("data") / "samples"))
 
 
