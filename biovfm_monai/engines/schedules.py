@@ -36,7 +36,7 @@ class WarmupCosine:
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, and vectors (biases, norms) and tokens, which do not decay."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    free = [p for name, p in named if p.ndim < 2 or name.endswith(("token", "pos_embed"))]
+    free = [p for name, p in named if p.ndim < 2 or name.endswith(("bias", "token", "pos_embed", "cls_pos"))]
     ids = {id(p) for p in free}
     return [
         {"params": [p for _, p in named if id(p) not in ids]},

@@ -28,7 +28,7 @@ from biovfm_monai.engines import (
 )
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import MAE, SSLMethod
-from biovfm_monai.networks import ViT
+from biovfm_monai.networks import ViT, vit_tiny
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -128,6 +128,15 @@ def test_vectors_and_tokens_do_not_decay():
     }
     assert {"mask_token", "encoder.cls_token", "encoder.norm.weight"} <= {names[id(p)] for p in free["params"]}
     assert free["weight_decay"] == 0.0
+
+
+def test_nothing_that_an_encoder_learns_about_places_and_tokens_decays():
+    encoder = vit_tiny(
+        img_size=(32, 32), depth=1, pos_embed="learn", no_embed_class=False, reg_tokens=2, init_values=0.1, k_bias=False
+    )
+    free = {id(p) for p in parameter_groups(encoder)[1]["params"]}
+    names = {name for name, p in encoder.named_parameters() if id(p) in free}
+    assert {"cls_token", "cls_pos", "reg_token", "pos_embed", "blocks.0.ls1.gamma", "blocks.0.attn.qv_bias"} <= names
 
 
 def test_gradients_are_clipped_to_the_given_norm():
