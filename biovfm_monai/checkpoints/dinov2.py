@@ -44,7 +44,7 @@ def to_dinov2(encoder: ViT) -> dict[str, Tensor]:
     Raises:
         InputError: when DINOv2 has no place for something.
     """
-    require(encoder, "dinov2", spatial_dims=2, class_token=True, rope="none", norm_eps=1e-6, final_norm=True)
+    require(encoder, "dinov2", spatial_dims=2, rope="none", norm_eps=1e-6)
     if encoder.arguments["init_values"] is None:
         raise InputError("an encoder without LayerScale (init_values) cannot be written as dinov2. Try timm.")
     require(encoder, "dinov2", pos_antialias=encoder.arguments["reg_tokens"] > 0)

@@ -17,7 +17,7 @@ _REST = {
     "cls_token": "cls_token",
     "pos_embed": "pos_embed",
     "blocks.{n}.norm1.{k}": "blocks.{n}.norm1.{k}",
-    "blocks.{n}.attn.qv_bias": "blocks.{n}.attn.q_bias blocks.{n}.attn.v_bias?",
+    "blocks.{n}.attn.qv_bias": "blocks.{n}.attn.q_bias blocks.{n}.attn.v_bias",
     "blocks.{n}.attn.proj.{k}": "blocks.{n}.attn.proj.{k}",
     "blocks.{n}.norm2.{k}": "blocks.{n}.norm2.{k}",
     "blocks.{n}.mlp.norm.{k}": "blocks.{n}.mlp.ffn_ln.{k}?",
@@ -54,6 +54,7 @@ EVA02_LAYOUT = Layout(
     spatial_dims=(2,),
     # Rotary positions count on this grid whatever the image's size, as in all published EVA-02 models.
     options={"rope": "index", "ref_feat_shape": [16, 16]},
+    always={"swiglu_mlp": True},
 )
 
 

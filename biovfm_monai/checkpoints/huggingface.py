@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from biovfm_monai.checkpoints.dinov3 import DINOV3_HEADS
-from biovfm_monai.checkpoints.layout import Layout, interleave, require
+from biovfm_monai.checkpoints.dinov3 import DINOV3_HEADS, interleave
+from biovfm_monai.checkpoints.layout import Layout, require
 from biovfm_monai.checkpoints.read import renamed
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT

@@ -25,7 +25,7 @@ from biovfm_monai.checkpoints.weights import Weights
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["Layout", "interleave", "require"]
+__all__ = ["Layout", "require"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Layout:
         spatial_dims: of its images.
         class_position: whether the positions begin with the class token's; None for either, as it may be in a file.
         options: of `ViT` that shapes do not tell.
+        always: options that shapes do tell, and what they are in all its networks.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Layout:
     spatial_dims: tuple[int, ...] = (2, 3)
     class_position: bool | None = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
 
     def read(
         self, tensors: Mapping[str, Tensor], num_heads: int | None = None, img_size: Sequence[int] | None = None
@@ -63,39 +65,49 @@ class Layout:
             img_size: size that the network was made for; None for a square or cube.
 
         Raises:
-            InputError: when a tensor is missing or unknown, or heads or the grid of positions cannot be told.
+            InputError: when a tensor is missing, unknown or of no use, img_size means nothing, or heads or the grid
+                of positions cannot be told.
         """
         weights = Weights(renamed(tensors, self.rename), self.source)
         weights.drop(*self.left_out)
         state = _take_vit(weights, self.names)
         weights.finish()
-        self._check_kernel(state["kernel"])
+        self._check_kernel(state["kernel"], weights)
+        _check_size(img_size, state["kernel"].shape[2:])
         if "pos_embed" in state and state["pos_embed"].ndim < 5:
             _split_positions(state, img_size, self.class_position)
-        return _build(state, num_heads, self.published, img_size, **self.options), weights.dropped
+        encoder = _build(state, num_heads, self.published, img_size, **self.options)
+        for name, value in self.always.items():
+            if encoder.arguments[name] != value:
+                raise InputError(
+                    f"networks of {self.source!r} have {name} {value!r}; this one would compute something else."
+                )
+        return encoder, weights.dropped
 
-    def _check_kernel(self, kernel: Tensor) -> None:
+    def _check_kernel(self, kernel: Tensor, weights: Weights) -> None:
         if kernel.ndim - 2 not in self.spatial_dims:
             axes = " or ".join(str(dims + 2) for dims in self.spatial_dims)
-            raise InputError(
-                f"patch kernels of {self.source!r} have {axes} axes, this one has {kernel.ndim}. "
-                "Give the source that the file comes from."
-            )
+            looks = weights.looks(own=True)
+            raise InputError(f"patch kernels of {self.source!r} have {axes} axes, this one has {kernel.ndim}.{looks}")
 
     def write(self, encoder: ViT) -> dict[str, Tensor]:
         """An encoder's tensors in this layout; positions, fixed ones too, as a table for the encoder's img_size.
 
         Raises:
-            InputError: when a tensor has no place there.
+            InputError: when a tensor has no place there, or one that it must have is missing.
         """
+        if self.class_position is None:
+            raise ValueError("class_position must be known to write")
         state = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
         kernel = state["patch_embed.weight"].unflatten(1, (-1, encoder.in_channels)).transpose(1, 2)
         state["patch_embed.weight"] = kernel.unflatten(2, encoder.patch_size)
-        _join_positions(state, encoder, bool(self.class_position))
+        _join_positions(state, encoder, self.class_position)
         given: dict[str, Tensor] = {}
         for ours, theirs in _entries(self.names):
             for count in range(len(encoder.blocks) if "{n}" in ours else 1):
                 tensor = state.pop(ours.replace("{n}", str(count)), None)
+                if tensor is None and not theirs.endswith("?"):
+                    raise InputError(f"an encoder without {ours} cannot be written as {self.source}, which has one.")
                 if tensor is not None:
                     parts = theirs.rstrip("?").replace("{n}", str(count)).split()
                     # Biases of queries and values are the rows of one tensor.
@@ -133,26 +145,38 @@ def _depth(weights: Weights, names: Mapping[str, str]) -> int:
     return 1 + max((int(number.group(1)) for number in numbers if number), default=0)
 
 
+def _check_size(img_size: Any, patch: Sequence[int]) -> None:
+    if img_size is None:
+        return
+    if (
+        not isinstance(img_size, Sequence)
+        or len(img_size) != len(patch)
+        or any(type(n) is not int or n < p or n % p for n, p in zip(img_size, patch, strict=True))
+    ):
+        raise InputError(
+            f"img_size {img_size!r} must be {len(patch)} multiples of the patch {list(patch)}. Correct --img_size."
+        )
+
+
 def _split_positions(state: dict[str, Tensor], img_size: Sequence[int] | None, class_position: bool | None) -> None:
     """Positions of patches become a grid, 1 x C x D x H x W; that of the class token stands apart."""
     table, kernel = state["pos_embed"], state["kernel"]
     if table.shape[-1] != kernel.shape[0]:
         raise InputError(f"positions are {table.shape[-1]} wide, tokens {kernel.shape[0]}.")
-    table = table.reshape(1, -1, kernel.shape[0])
+    table = table.flatten(0, -2)[None]
     patch, count = kernel.shape[2:], table.shape[1]
-    if img_size is not None and len(img_size) != len(patch):
-        raise InputError(f"img_size {img_size} must have {len(patch)} numbers. Correct --img_size.")
     prefixes = [int(class_position)] if class_position is not None else [1, 0]
     for prefix in prefixes if "cls_token" in state else [0]:
-        side = round((count - prefix) ** (1 / len(patch)))
+        side = round(max(count - prefix, 0) ** (1 / len(patch)))
         grid = [side] * len(patch) if img_size is None else [n // p for n, p in zip(img_size, patch, strict=True)]
-        if math.prod(grid) == count - prefix:
+        if math.prod(grid) == count - prefix > 0:
             break
     else:
         made = "a square or cube" if img_size is None else f"{list(img_size)} voxels"
+        registers = " Registers with positions of their own are not known." if "reg_token" in state else ""
         raise InputError(
             f"{count - prefix} positions are no grid of {made} in patches of {tuple(patch)}. "
-            "Give the size that the network was made for as --img_size."
+            f"Give the size that the network was made for as --img_size.{registers}"
         )
     if prefix:
         state["cls_pos"] = table[:, :1]
@@ -182,7 +206,7 @@ def _build(
         img_size = [g * p for g, p in zip(state["pos_embed"].shape[-len(patch) :], patch, strict=True)]
     encoder = ViT(
         channels,
-        img_size or [224 // p * p for p in patch],
+        [224 // p * p for p in patch] if img_size is None else img_size,
         patch,
         width,
         depth=sum(name.endswith("norm1.weight") for name in state),
@@ -199,7 +223,10 @@ def _build(
 
 def _told(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The options of `ViT` that the tensors of its first block, and those beside the blocks, tell."""
-    hidden, width = state["blocks.0.mlp.fc2.weight"].shape[1], state["patch_embed.weight"].shape[0]
+    fc2, width = state["blocks.0.mlp.fc2.weight"], state["patch_embed.weight"].shape[0]
+    if fc2.ndim != 2:
+        raise InputError(f"the last matrix of an MLP has {fc2.ndim} axes instead of 2. The checkpoint is damaged.")
+    hidden = fc2.shape[1]
     ratio = hidden / width
     return {
         "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
@@ -211,7 +238,7 @@ def _told(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "class_token": "cls_token" in state,
         "no_embed_class": "cls_pos" not in state,
-        "reg_tokens": state["reg_token"].shape[-2] if "reg_token" in state else 0,
+        "reg_tokens": state["reg_token"].numel() // width if "reg_token" in state else 0,
         "final_norm": "norm.weight" in state,
         "pos_embed": "learn" if "pos_embed" in state else "none",
         "pos_antialias": "pos_embed" in state and "reg_token" in state,
@@ -245,17 +272,3 @@ def _join_positions(state: dict[str, Tensor], encoder: ViT, class_position: bool
         if class_position and encoder.cls_token is not None:
             first = table.new_zeros(1, 1, encoder.embed_dim) if own is None else own
             state["pos_embed"] = torch.cat([first, state["pos_embed"]], dim=1)
-
-
-@torch.no_grad()
-def interleave(encoder: ViT, back: bool = False) -> None:
-    """Reorder queries and keys in place: rotary pairs that lie half a head apart come side by side; or back."""
-    half = encoder.head_dim // 2
-    order = torch.arange(2 * half).view(*((half, 2) if back else (2, half))).T.flatten()
-    heads = torch.arange(encoder.embed_dim // encoder.head_dim)
-    rows = (heads[:, None] * 2 * half + order).flatten()
-    blocks: Any = encoder.blocks
-    for block in blocks:
-        q, k, _ = block.attn.qkv.weight.chunk(3)
-        for part in (q, k, block.attn.qv_bias[0]) if block.attn.qv_bias is not None else (q, k):
-            part.copy_(part[rows].clone())

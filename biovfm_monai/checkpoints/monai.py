@@ -63,5 +63,5 @@ def to_monai(encoder: ViT) -> dict[str, Tensor]:
     Raises:
         InputError: when MONAI's ViT has no place for something.
     """
-    require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False, final_norm=True)
+    require(encoder, "monai", reg_tokens=0, rope="none", swiglu_mlp=False, qk_norm=False)
     return _LAYOUT.write(encoder)

@@ -32,6 +32,6 @@ def to_pumit(encoder: ViT) -> dict[str, Tensor]:
     Raises:
         InputError: when the layout has no place for something.
     """
-    require(encoder, "pumit", class_token=True, final_norm=True, rope="index", swiglu_mlp=True, k_bias=False)
-    require(encoder, "pumit", spatial_dims=3, pos_embed="learn", ref_feat_shape=None)
+    require(encoder, "pumit", spatial_dims=3, pos_embed="learn", rope="index", ref_feat_shape=None)
+    require(encoder, "pumit", swiglu_mlp=True, k_bias=False, final_norm=True)
     return _LAYOUT.write(encoder) | {"pos_embed": encoder.state_dict()["pos_embed"].cpu()}

@@ -47,8 +47,10 @@ class Weights:
             InputError: when it is not there.
         """
         if name not in self.left:
-            there = f" It holds {', '.join(self.names[:3])} ..." if not self._looks() else self._looks()
+            there = f" It holds {', '.join(self.names[:3])} ..." if not self.looks() else self.looks()
             raise InputError(f"no {name} in the checkpoint, so it is not of the layout {self.source!r}.{there}")
+        if self.left[name].ndim == 0:
+            raise InputError(f"{name} is a single number. The checkpoint is damaged; download it again.")
         return self.left.pop(name).float()
 
     def drop(self, *patterns: str) -> None:
@@ -67,8 +69,10 @@ class Weights:
         if self.left:
             names = sorted(self.left)
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise InputError(f"not known in the layout {self.source!r}: {shown}.{self._looks()}")
+            raise InputError(f"not known in the layout {self.source!r}: {shown}.{self.looks()}")
 
-    def _looks(self) -> str:
+    def looks(self, own: bool = False) -> str:
+        """A sentence with the family whose signs the names bear; with own, also if it is the one expected."""
         family = next((f for f, sign in _FAMILIES.items() if any(re.match(sign, name) for name in self.names)), None)
-        return "" if family is None or self.source in re.findall(r"\w+", family) else f" It looks like {family}."
+        expected = family is not None and self.source in re.findall(r"\w+", family)
+        return "" if family is None or (expected and not own) else f" It looks like {family}."

@@ -39,7 +39,7 @@ class ViT(nn.Module):
         ref_feat_shape: tokens along (depth,) height and width of a grid that "index" is scaled to, as EVA-02 does for
             images larger than it was trained on; None to count tokens.
         global_pool: what `Embedder` makes of the tokens: "avg" or "max" of the patches', or the class "token".
-        no_embed_class: False gives the class token a learned position beside the grid's, as files of others have it.
+        no_embed_class: False gives the class token, not registers, a learned position beside the grid's.
         **block_options: mlp_ratio, qkv_bias, k_bias, qk_norm, swiglu_mlp, scale_mlp and init_values of `Block`.
 
     Attributes:

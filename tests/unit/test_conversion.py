@@ -21,6 +21,7 @@ from biovfm_monai.checkpoints import (
     convert,
     encoder_info,
     from_dinov3,
+    from_eva02,
     from_huggingface,
     from_mae,
     from_monai,
@@ -31,7 +32,7 @@ from biovfm_monai.checkpoints import (
     read_weights,
     with_channels,
 )
-from biovfm_monai.checkpoints.layout import interleave
+from biovfm_monai.checkpoints.dinov3 import interleave
 from biovfm_monai.data import sample_datalist
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
@@ -420,10 +421,11 @@ def test_a_missing_tensor_is_named():
 @pytest.mark.parametrize(
     ("layout", "source", "message"),
     [
-        ("EVA-02", "pumit", "patch kernels of 'pumit' have 5 axes, this one has 4"),
-        ("PUMIT", "eva02", "patch kernels of 'eva02' have 4 axes, this one has 5"),
+        ("EVA-02", "pumit", "patch kernels of 'pumit' have 5 axes, this one has 4. It looks like eva02 or pumit"),
+        ("PUMIT", "eva02", "patch kernels of 'eva02' have 4 axes, this one has 5. It looks like eva02 or pumit"),
         ("DINOv2", "mae", r"not known in the layout 'mae': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
         ("DINOv2", "dino", r"not known in the layout 'dino': blocks\.0\.ls1\.gamma.* It looks like dinov2"),
+        ("timm without bias", "eva02", r"no blocks\.0\.attn\.q_bias in the checkpoint.* It looks like timm"),
         ("MAE", "dinov2", r"no blocks\.0\.ls1\.gamma in the checkpoint"),
         ("timm", "mocov3", r"no base_encoder\.patch_embed\.proj\.weight in the checkpoint"),
     ],
@@ -450,6 +452,58 @@ def test_positions_that_are_no_square_need_the_size_they_were_made_for(size):
     with pytest.raises(InputError, match=r"no grid of a square.* --img_size"):
         from_mae(state, num_heads=4)
     torch.testing.assert_close(from_mae(state, 4, size)[0](image), expected(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, "ab", [32], [32, 32, 32], [32.0, 32], [-32, -32], [36, 39], [], [0, 0], {}])
+@pytest.mark.parametrize("options", [{}, {"pos_embed": "none"}])
+def test_an_img_size_that_means_nothing_is_refused(size, options):
+    with pytest.raises(InputError, match=r"img_size .* must be 2 multiples of the patch \[8, 8\]\. Correct --img_size"):
+        from_timm(timm_layout(plain(**options)), 4, size)
+
+
+def test_a_first_eva_has_another_mlp_and_is_refused():
+    state = a_file_of("EVA-02 tiny")
+    width = state["blocks.0.mlp.w3.weight"].shape[1]
+    for n in range(3):
+        for kind in ("weight", "bias"):
+            state[f"blocks.{n}.mlp.w12.{kind}"] = state[f"blocks.{n}.mlp.w12.{kind}"][:width]
+    with pytest.raises(InputError, match="networks of 'eva02' have swiglu_mlp True; this one would compute"):
+        from_eva02(state, num_heads=4)
+
+
+def test_a_dinov3_whose_mask_switches_off_something_else_is_refused():
+    state = a_file_of("DINOv3")
+    state["blocks.1.attn.qkv.bias_mask"] = torch.ones(96)
+    with pytest.raises(InputError, match=r"blocks\.1\.attn\.qkv\.bias_mask switches off something else"):
+        from_dinov3(state, num_heads=4)
+
+
+def test_the_periods_of_a_dinov3_tell_its_heads():
+    with pytest.raises(InputError, match=r"periods are those of 4 heads\. Give --num_heads 4"):
+        from_dinov3(a_file_of("DINOv3"), num_heads=8)
+
+
+def test_registers_with_positions_are_refused_by_name():
+    state = timm_layout(plain(reg_tokens=4, pos_antialias=True))
+    state["reg_token"] = state.pop("register_tokens")
+    state["pos_embed"] = torch.cat([state["pos_embed"], torch.zeros(1, 4, 32)], dim=1)
+    with pytest.raises(InputError, match=r"21 positions are no grid .* Registers with positions of their own"):
+        from_timm(state, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("pos_embed", torch.zeros(()), "pos_embed is a single number"),
+        ("pos_embed", torch.zeros(1, 0, 32), "positions are no grid"),
+        ("pos_embed", torch.zeros(1, 1, 32), "positions are no grid"),
+        ("blocks.0.mlp.fc2.weight", torch.zeros(32), "the last matrix of an MLP has 1 axes"),
+        ("blocks.0.norm1.weight", torch.zeros(0), r"missing blocks\.0\.norm1\.weight|is \(0,\)"),
+    ],
+)
+def test_damaged_tensors_are_refused(name, tensor, message):
+    with pytest.raises(InputError, match=message):
+        from_mae({**timm_layout(plain()), name: tensor}, num_heads=4)
 
 
 @pytest.mark.parametrize(

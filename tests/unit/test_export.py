@@ -30,6 +30,7 @@ def encoder_file(folder, **options):
     return encoder, folder / "encoder.safetensors"
 
 
+LEARNED = {"pos_embed": "learn", "no_embed_class": False}
 DINOV3 = {"rope": "normalised", "pos_embed": "none", "k_bias": False, "init_values": 1.0, "norm_eps": 1e-5}
 HUGGING_FACE = {
     "ViT": ("ViTModel", {"pos_embed": "learn"}),
@@ -59,7 +60,7 @@ def test_hugging_face_reads_an_encoder_and_gives_its_tokens(tmp_path, name, opti
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 32, 24)])
-@pytest.mark.parametrize("options", [{"class_token": False}, {"pos_embed": "learn"}, {"qkv_bias": False}])
+@pytest.mark.parametrize("options", [{"class_token": False}, LEARNED, {"qkv_bias": False}])
 def test_monai_reads_an_encoder_and_gives_its_tokens(tmp_path, size, options):
     encoder, path = encoder_file(tmp_path, img_size=size, norm_eps=1e-5, **options)
     export("monai", path, tmp_path / "vit.pt")
@@ -88,7 +89,6 @@ def run_blocks(model, image):
     return x
 
 
-LEARNED = {"pos_embed": "learn", "no_embed_class": False}
 TOKEN = {"global_pool": "token"}
 REGISTERS = {**TOKEN, "reg_tokens": 4, "pos_antialias": True}
 PUMIT = {
@@ -130,6 +130,16 @@ def test_out_and_in_and_out_again_is_the_same_file_bit_for_bit(tmp_path, target,
     assert {k: v for k, v in back.arguments.items() if k not in ignored} == {
         k: v for k, v in encoder.arguments.items() if k not in ignored
     }
+
+
+@pytest.mark.parametrize(("target", "options"), [("pumit", PUMIT), ("timm", REGISTERS), ("monai", {"norm_eps": 1e-5})])
+def test_a_class_tokens_position_is_added_to_it_where_a_layout_has_no_place_for_one(tmp_path, target, options):
+    encoder, path = encoder_file(tmp_path, **{**options, **LEARNED})
+    export(target, path, tmp_path / "theirs.safetensors")
+    back, _ = convert(target, tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", num_heads=4)
+    assert back.cls_pos is None
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(back(image), encoder(image), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -205,7 +215,7 @@ def test_heads_come_out_with_everything_that_was_trained(tmp_path):
         ("timm", {"rope": "index"}, "rope 'index' cannot be written as timm"),
         ("timm", {"k_bias": False}, r"'timm' has no place for blocks\.0\.attn\.qv_bias"),
         ("monai", {"init_values": 1.0}, r"'monai' has no place for blocks\.0\.ls1\.gamma"),
-        ("monai", {"final_norm": False}, "final_norm False cannot be written as monai"),
+        ("monai", {"final_norm": False}, r"without norm\.weight cannot be written as monai"),
         ("timm", {"norm_eps": 1e-3}, r"norm_eps 0\.001 cannot be written as timm"),
         ("dinov2", {}, r"LayerScale|init_values"),
         ("huggingface", {"pos_embed": "none"}, "pos_embed 'none' cannot be written as huggingface"),
@@ -215,7 +225,10 @@ def test_heads_come_out_with_everything_that_was_trained(tmp_path):
         ("huggingface", {"qk_norm": True}, "qk_norm True cannot be written as huggingface"),
         ("huggingface", {"img_size": (32, 40)}, "made for squares"),
         ("huggingface", {"init_values": 1.0, "mlp_ratio": 3.5}, "no MLP with 112 hidden numbers at a width of 32"),
-        ("pumit", {}, "rope 'none' cannot be written as pumit"),
+        ("pumit", {"img_size": (16, 32, 32), "pos_embed": "learn"}, "rope 'none' cannot be written as pumit"),
+        ("monai", {"pos_embed": "none"}, "without pos_embed cannot be written as monai"),
+        ("dinov2", {"pos_embed": "none", "init_values": 1.0}, "without pos_embed cannot be written as dinov2"),
+        ("dinov2", {"class_token": False, "init_values": 1.0}, "without cls_token cannot be written as dinov2"),
         ("gguf", {}, "format 'gguf' is unknown. Give one of safetensors, torchscript, .* timm"),
     ],
 )
@@ -281,8 +294,6 @@ def test_every_way_out_of_the_package_is_offered_and_documented():
 
     from biovfm_monai.checkpoints.export import formats
 
-    ways = {name.removeprefix("to_") for name in checkpoints.__all__ if name.startswith("to_")}
-    assert ways < set(formats())
     table = (Path(__file__).parents[2] / "docs/weights.md").read_text()
     assert all(f"`{name}`" in table for name in formats())
     assert all(f'"{name}"' in export.__doc__ and f" {name}" in cli.export.__doc__ for name in formats())

@@ -130,9 +130,24 @@ def test_packed_images_in_one_kernel_equal_each_on_its_own(options, monkeypatch)
     encoder = tiny(**options)
     images = [torch.randn(1, 1, 16, 32, 32), torch.randn(3, 1, 40, 24)]
     expected = [encoder.eval()(image) for image in images]
+    weights = [torch.randn_like(tokens) for tokens in expected]
+
+    def gradients(given):
+        return torch.autograd.grad(
+            sum((t * w).sum() for t, w in zip(given, weights, strict=True)), encoder.parameters()
+        )
+
+    calls = []
     monkeypatch.setattr(blocks, "_flash_takes", lambda v: True)
-    monkeypatch.setattr(blocks, "varlen_attn", one_kernel)
-    torch.testing.assert_close(encode_packed(encoder, images), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(blocks, "varlen_attn", lambda *given: calls.append(given) or one_kernel(*given))
+    packed = encode_packed(encoder, images)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == len(encoder.blocks)
+    torch.testing.assert_close(gradients(packed), gradients(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_the_one_kernel_is_for_gpus():
+    assert not blocks._flash_takes(torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16))
 
 
 def test_the_one_kernel_of_torch_is_called_as_it_wants():
