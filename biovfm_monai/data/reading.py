@@ -8,6 +8,7 @@ from typing import Any
 
 import itk
 import numpy as np
+import pydicom
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor, NibabelReader, PILReader
@@ -16,12 +17,13 @@ from monai.transforms import EnsureChannelFirst, MapTransform
 from PIL import Image
 
 from biovfm_monai.data.dicom import is_dicom, is_stack, read_header, sorted_slices
+from biovfm_monai.data.dicom_values import displayed, is_radiograph, measured, uptake_factor
 from biovfm_monai.errors import InputError
 
 __all__ = ["NIFTI", "PHOTO", "ReadImaged", "read_image", "suffix"]
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
-_KEPT = ("affine", "original_affine", "space", "spatial_shape", "original_channel_dim")
+_KEPT = ("affine", "original_affine", "space", "spatial_shape", "original_channel_dim", "units")
 PHOTO = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -65,11 +67,26 @@ def _read_series(folder: Path) -> Any:
     return itk.imread([str(path) for path in sorted_slices(headers)[0]])
 
 
+def _meaning(path: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Values for display of a radiograph, uptake of a PET image whose header tells it; and the unit, "" if unknown."""
+    file = next((p for p in sorted(path.iterdir()) if p.is_file() and is_dicom(p)), path) if path.is_dir() else path
+    if not is_dicom(file):
+        return values, ""
+    header = pydicom.dcmread(file, stop_before_pixels=True)
+    values = measured(values, header)
+    if is_radiograph(header):
+        return displayed(values, header), ""
+    factor = uptake_factor(header) if header.get("Modality") == "PT" else None
+    return (values, "") if factor is None else (values.astype(np.float32) * factor, "SUV")
+
+
 def read_image(path: str | Path) -> MetaTensor:
     """Read an image file, or a folder that holds one DICOM series.
 
     Returns:
-        C x X x Y (x Z), as stored: uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres.
+        C x X x Y (x Z): uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres. Radiographs
+        in DICOM have their values for display, PET the standardised uptake where the header allows, and then
+        "units" of "SUV".
 
     Raises:
         InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite,
@@ -83,6 +100,8 @@ def read_image(path: str | Path) -> MetaTensor:
         if suffix(path) in PHOTO:
             _refuse_pages(path)
         array, meta = reader.get_data(_read_series(path) if path.is_dir() else reader.read(str(path)))
+        if isinstance(reader, ITKReader):
+            array, meta["units"] = _meaning(path, np.asarray(array))
     except (MemoryError, InputError):
         raise
     except Exception as error:

@@ -237,7 +237,7 @@ def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
 
 
 def test_an_unknown_modality_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(InputError, match=r"a\.png: modality 'smell' has no preset; there are ct, fundus.*--modality"):
+    with pytest.raises(InputError, match=r"a\.png: modality 'smell' has no preset; there are ct, derm.*--modality"):
         ByModalityd("image")({"image": "a.png", "modality": "smell"})
 
 

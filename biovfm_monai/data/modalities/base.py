@@ -1,4 +1,4 @@
-"""Steps that several modality presets share: slices first, bounded size, unit range."""
+"""Steps that several modality presets share: slices first, field of view, unit range, bounded size."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ from monai.transforms import (
     Spacing,
     Transform,
 )
+from skimage.measure import label
+from skimage.morphology import convex_hull_image, isotropic_dilation, isotropic_erosion
+from torch import Tensor
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["EightBitd", "Resampled", "ShrinkInPlaned", "SlicesFirstd", "geometry"]
+__all__ = [
+    "CropToFieldd", "EightBitd", "ForegroundPercentiles", "Resampled", "ShrinkInPlaned", "SlicesFirstd", "geometry",
+]  # fmt: skip
 
 # Which way the depth, height and width of a slice stack run: as a radiologist looks at axial, coronal, sagittal slices.
 _VIEWS = {"S": "SPL", "I": "SPL", "A": "PIL", "P": "PIL", "R": "LIP", "L": "LIP"}
 _THICK = 1.5
+_COLOUR = 0.1
+_SPECK = 0.01
 
 
 class SlicesFirstd(MapTransform):
@@ -130,7 +137,70 @@ class EightBitd(MapTransform):
         return sample
 
 
-def geometry(keys: KeysCollection, spacing: Sequence[float] | None, intensity: Transform) -> Compose:
-    """A preset: slices first, the modality's intensity rule, then the spacing asked for, or else the size limit."""
+class ForegroundPercentiles(Transform):
+    """Scale two percentiles of the voxels above the image's minimum to 0 and 1, and clip."""
+
+    def __init__(self, lower: float, upper: float) -> None:
+        self.percentiles = (lower, upper)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Scale one image of any shape."""
+        minimum = image.min()
+        foreground = image[image > minimum].numpy()
+        low, high = np.percentile(foreground, self.percentiles) if foreground.size else (minimum, minimum)
+        return ((image - float(low)) / max(float(high - low), 1e-6)).clamp(0, 1)
+
+
+class CropToFieldd(MapTransform):
+    """Crop height and width to the field of view: the largest bright region, as of a fundus camera or a probe.
+
+    A pixel is bright if it is so in any channel and slice. Strokes thinner than a fiftieth of the image, such as text
+    and rulers, are no region, nor are specks of less than 1 % of it. An image without a region stays as it is.
+
+    Args:
+        keys: images in [0, 1], C x depth x height x width.
+        threshold: brightness above which a pixel is of the field.
+        grey: count pixels without colour only, as those of a scan beside coloured menus.
+        mask: blacken what lies outside the region's convex hull.
+    """
+
+    def __init__(self, keys: KeysCollection, threshold: float = 0.06, grey: bool = False, mask: bool = False) -> None:
+        super().__init__(keys)
+        self.threshold, self.grey, self.mask = threshold, grey, mask
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Crop one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            image = sample[key]
+            field = self._field(image)
+            if field is None:
+                continue
+            rows, columns = (np.flatnonzero(field.any(axis)) for axis in (1, 0))
+            box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+            if self.mask:
+                image = image * torch.from_numpy(convex_hull_image(field))
+            sample[key] = image[..., box[0], box[1]]
+        return sample
+
+    def _field(self, image: Tensor) -> np.ndarray | None:
+        """Which pixels of height x width are of the largest region; None without any."""
+        light = image.as_tensor() if isinstance(image, MetaTensor) else image
+        if self.grey:
+            light = light * (light.amax(0) - light.amin(0) < _COLOUR)
+        bright = (light.amax((0, 1)) > self.threshold).numpy()
+        radius = min(bright.shape) / 100
+        # What is bright at the image's edge goes on beyond it, and somewhere it is dark, which distances need.
+        beyond = int(2 * radius) + 2
+        core = isotropic_erosion(np.pad(np.pad(bright, beyond, mode="reflect"), 1), radius)
+        if not core.any():
+            return None
+        regions = label(isotropic_dilation(core, radius)[beyond + 1 : -beyond - 1, beyond + 1 : -beyond - 1])
+        sizes = np.bincount(regions.flat)[1:]
+        return regions == sizes.argmax() + 1 if sizes.max(initial=0) >= _SPECK * bright.size else None
+
+
+def geometry(keys: KeysCollection, spacing: Sequence[float] | None, *steps: Transform) -> Compose:
+    """A preset: slices first, the modality's own steps, then the spacing asked for, or else the size limit."""
     size = ShrinkInPlaned(keys) if spacing is None else Resampled(keys, spacing)
-    return Compose([SlicesFirstd(keys), intensity, size])
+    return Compose([SlicesFirstd(keys), *steps, size])

@@ -1,4 +1,4 @@
-"""Fundus photography: colour, or its green channel, 8 bit."""
+"""Fundus photography: colour, or its green channel, 8 bit; the retina without the black around it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from monai.config import KeysCollection
 from monai.transforms import Compose
 
-from biovfm_monai.data.modalities.base import EightBitd, geometry
+from biovfm_monai.data.modalities.base import CropToFieldd, EightBitd, geometry
 
 __all__ = ["fundus"]
 
 
 def fundus(keys: KeysCollection, spacing: Sequence[float] | None = None) -> Compose:
-    """Colours to [0, 1], the shorter side at most 512 pixels; C x 1 x height x width."""
-    return geometry(keys, spacing, EightBitd(keys))
+    """Colours of the field of view to [0, 1], the shorter side at most 512 pixels; C x 1 x height x width."""
+    return geometry(keys, spacing, EightBitd(keys), CropToFieldd(keys))
