@@ -2,6 +2,7 @@
 
 from biovfm_monai.data.crops import RandomCropDataset
 from biovfm_monai.data.datalist import find_images, load_datalist
+from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.preprocessing import (
     ByModalityd,
     FitSized,
@@ -16,7 +17,7 @@ from biovfm_monai.data.sampling import GlobalBatchSampler
 from biovfm_monai.data.views import RandomResizedCrop
 
 __all__ = [
-    "ByModalityd", "FitSized", "GlobalBatchSampler", "MatchChannelsd", "RandomCropDataset", "RandomResizedCrop",
-    "ReadImaged", "RequireSized", "encoder_transform", "find_images", "load_datalist", "read_image", "sample_datalist",
-    "training_transform", "write_samples",
+    "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture", "RandomCropDataset",
+    "RandomResizedCrop", "ReadImaged", "RequireSized", "encoder_transform", "find_images", "load_datalist",
+    "read_image", "sample_datalist", "subset", "training_transform", "write_samples",
 ]  # fmt: skip

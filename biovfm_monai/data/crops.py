@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.dummy import DummyProcess
 from typing import Any
 
@@ -12,15 +11,14 @@ import numpy as np
 from monai.data import CacheDataset, MetaTensor
 from torch.utils.data import Dataset
 
+from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.preprocessing import as_volume_size
 from biovfm_monai.errors import InputError
 
 __all__ = ["RandomCropDataset"]
 
 
-@lru_cache(maxsize=8)
-def _order(seed: int, turn: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, turn)).permutation(count)
+_BLOCK = 1024
 
 
 def _wait_for_readers() -> None:
@@ -33,7 +31,7 @@ def _wait_for_readers() -> None:
 class RandomCropDataset(Dataset[dict[str, Any]]):
     """An endless stream of crops: crop number n depends on the seed and on n only.
 
-    Every image gives one crop per pass; each pass has its own order.
+    Every image gives one crop per pass, in an order of the pass's own, unless sources are weighed (`Mixture`).
 
     Args:
         data: datalist items.
@@ -42,9 +40,11 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         seed: of the order and of the crops' places.
         cache_rate: share of the images that is kept in memory; the others are read again for every crop.
         num_workers: threads that fill the memory.
+        fraction: share of each source's images that is used, as in `subset`.
+        temperature, source_weights, modality_weights: as in `Mixture`.
 
     Raises:
-        InputError: when there is no item.
+        InputError: when there is no item, or a weight or share means nothing.
     """
 
     def __init__(
@@ -55,9 +55,21 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         cache_rate: float = 1.0,
         num_workers: int = 2,
+        fraction: float = 1.0,
+        temperature: float = 1.0,
+        source_weights: Mapping[str, float] | None = None,
+        modality_weights: Mapping[str, float] | None = None,
     ) -> None:
         if not data:
             raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
+        if fraction != 1:
+            kept = subset(_column(data, "source"), fraction, seed)
+            data = [item for item, keep in zip(data, kept, strict=True) if keep]
+        self._mixture = Mixture(
+            _column(data, "source"), _column(data, "modality"), seed=seed, temperature=temperature,
+            source_weights=source_weights, modality_weights=modality_weights,
+        )  # fmt: skip
+        self._drawn = (-1, np.empty(0, dtype=np.int64))
         try:
             self.images = CacheDataset(
                 data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
@@ -74,11 +86,20 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Crop of the given number: {"image": C x crop, "modality": name}."""
-        turn, place = divmod(number, len(self.images))
-        sample = self.images[int(_order(self.seed, turn, len(self.images))[place])]
+        sample = self.images[self._image(number)]
         image = sample["image"]
         room = [n - c + 1 for n, c in zip(image.shape[1:], self.crop_size, strict=True)]
         start = np.random.default_rng((self.seed, number, 1)).integers(room)
         d, h, w = (slice(int(s), int(s) + c) for s, c in zip(start, self.crop_size, strict=True))
         image = image.as_tensor() if isinstance(image, MetaTensor) else image
         return {"image": image[:, d, h, w], "modality": sample["modality"]}
+
+    def _image(self, number: int) -> int:
+        block, place = divmod(number, _BLOCK)
+        if self._drawn[0] != block:
+            self._drawn = (block, self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK)))
+        return int(self._drawn[1][place])
+
+
+def _column(data: Sequence[Mapping[str, Any]], key: str) -> Labels:
+    return Labels.of([str(item.get(key, "")) for item in data])

@@ -33,8 +33,9 @@ DATALIST = "datalist.json"
 
 _VOLUME = (".nrrd", ".mha", ".mhd")
 _MODALITY = {
-    "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "MG": "mammography", "US": "ultrasound",
-    "SM": "pathology", "GM": "microscopy", "OP": "fundus", "OPT": "oct", "XC": "dermoscopy", "ES": "endoscopy",
+    "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "IO": "xray", "PX": "xray", "RF": "xray",
+    "RG": "xray", "XA": "xray", "MG": "mammography", "US": "ultrasound", "SM": "pathology", "GM": "microscopy",
+    "OP": "fundus", "OPT": "oct", "DMS": "dermoscopy", "XC": "dermoscopy", "ES": "endoscopy",
 }  # fmt: skip
 
 

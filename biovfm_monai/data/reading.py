@@ -33,7 +33,9 @@ def suffix(path: Path) -> str:
 
 
 def _plain_colours(image: Image.Image) -> Image.Image:
-    """Colours in place of palette numbers, and no exotic colour spaces."""
+    """Colours in place of palette numbers, no exotic colour spaces, no transparency that hides nothing."""
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
     if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
         return image.convert("RGB")
     return image.convert("L") if image.mode in ("1", "LA") else image

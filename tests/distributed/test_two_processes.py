@@ -19,7 +19,7 @@ import sys
 from biovfm_monai import data, distributed
 distributed.initialize()
 folder = data.write_samples(sys.argv[1])
-print(len(data.load_datalist(folder)), "items")
+sys.stdout.write(f"{len(data.load_datalist(folder))} items\\n")  # in one piece: both processes write
 distributed.finalize()
 """
 

@@ -42,6 +42,30 @@ def test_each_pass_visits_every_image_once_in_an_order_of_its_own():
     assert len({tuple(order) for order in passes}) > 1
 
 
+def sources(counts, **options):
+    """One image of one voxel per item, which holds its number, from sources of the given sizes."""
+    items = [{"number": n, "source": f"s{s}"} for s, n in enumerate(counts) for n in [s] * n]
+
+    def load(item):
+        return {"image": torch.full((1, 1, 2, 2), int(item["source"][1:])), "modality": "ct"}
+
+    return RandomCropDataset(items, load, (2, 2), **options)
+
+
+def test_a_raised_source_comes_as_often_as_its_weight_says():
+    crops = sources((90, 10), source_weights={"s1": 9.0})
+    of_raised = [int(crops[n]["image"].max()) for n in range(1000)]
+    assert sum(of_raised) == pytest.approx(500, abs=50)
+    even = sources((90, 10), temperature=1e6)
+    assert sum(int(even[n]["image"].max()) for n in range(1000)) == pytest.approx(500, abs=50)
+
+
+def test_a_fraction_keeps_that_share_of_every_source():
+    crops = sources((90, 10), fraction=0.3)
+    assert len(crops) == 30
+    assert sum(int(crops[n]["image"].max()) for n in range(30)) == 3
+
+
 @pytest.mark.parametrize("crop", [(2, 4, 5), (4, 5), (3, 8, 9)])
 def test_a_crop_is_a_part_of_its_image_and_every_place_occurs(crop):
     images, crops = stream(count=1, crop=crop)

@@ -97,6 +97,13 @@ def test_a_16_bit_photo_is_scaled_between_its_percentiles(tmp_path):
     torch.testing.assert_close(image.as_tensor()[0, 0].double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
+def test_a_photo_whose_transparency_hides_nothing_has_its_three_colours(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (9, 8, 4), dtype=np.uint8)
+    colours[..., 3] = 255
+    image = read_image(write_png(tmp_path / "a.png", colours))
+    assert torch.equal(image.as_tensor(), torch.from_numpy(colours[..., :3]).permute(2, 1, 0))
+
+
 def test_a_photo_with_transparency_is_refused_by_its_number_of_channels(tmp_path):
     path = write_png(tmp_path / "rgba.png", np.zeros((9, 9, 4), dtype=np.uint8))
     message = cause_of(training_transform(3, (4, 4)), {"image": str(path), "modality": "pathology"})

@@ -56,6 +56,16 @@ def test_other_entries_of_a_sample_do_not_disturb_resampling(tmp_path, name):
     torch.testing.assert_close(result["image"].pixdim, torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
 
 
+def test_a_spacing_for_volumes_leaves_large_photos_at_their_size_limit(tmp_path):
+    path = write_png(tmp_path / "a.png", np.full((600, 900), 200, np.uint8))
+    assert preset("fundus", path, spacing=(1, 1, 1)).shape == (1, 1, 512, 768)
+
+
+def test_a_spacing_finer_than_the_size_limit_is_kept(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)), spacing=(100, 100, 100))
+    assert preset("ct", path, spacing=(100.0, 1.0, 1.0)).shape == (1, 8, 601, 501)
+
+
 # CT, MRI
 
 

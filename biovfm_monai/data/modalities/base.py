@@ -98,11 +98,17 @@ class Resampled(MapTransform):
 
 
 class ShrinkInPlaned(MapTransform):
-    """Shrink height and width together until the shorter one is at most `short_side` pixels (PUMIT's 512)."""
+    """Shrink height and width together until the shorter one is at most `short_side` pixels (PUMIT's 512).
 
-    def __init__(self, keys: KeysCollection, short_side: int = 512) -> None:
+    Args:
+        keys: images, C x depth x height x width.
+        short_side: pixels.
+        volumes: False leaves images of several slices as they are.
+    """
+
+    def __init__(self, keys: KeysCollection, short_side: int = 512, volumes: bool = True) -> None:
         super().__init__(keys)
-        self.short_side = short_side
+        self.short_side, self.volumes = short_side, volumes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Shrink one sample's images, C x depth x height x width."""
@@ -110,7 +116,7 @@ class ShrinkInPlaned(MapTransform):
         for key in self.key_iterator(sample):
             image = sample[key]
             depth, *plane = image.shape[1:]
-            if min(plane) > self.short_side:
+            if min(plane) > self.short_side and (depth == 1 or self.volumes):
                 ratio = self.short_side / min(plane)
                 sample[key] = Resize((depth, *(round(n * ratio) for n in plane)), mode="area")(image)
         return sample
@@ -201,6 +207,6 @@ class CropToFieldd(MapTransform):
 
 
 def geometry(keys: KeysCollection, spacing: Sequence[float] | None, *steps: Transform) -> Compose:
-    """A preset: slices first, the modality's own steps, then the spacing asked for, or else the size limit."""
-    size = ShrinkInPlaned(keys) if spacing is None else Resampled(keys, spacing)
-    return Compose([SlicesFirstd(keys), *steps, size])
+    """A preset: slices first, the modality's own steps, volumes in the spacing asked for, the rest within the limit."""
+    size = [] if spacing is None else [Resampled(keys, spacing)]
+    return Compose([SlicesFirstd(keys), *steps, *size, ShrinkInPlaned(keys, volumes=spacing is None)])
