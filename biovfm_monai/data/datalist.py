@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from biovfm_monai.data import modalities
-from biovfm_monai.data.dicom import DICOM, PLACE, is_dicom, is_stack, read_header, sorted_slices
+from biovfm_monai.data.dicom import DICOM, image_headers, is_dicom, is_stack, sorted_slices
 from biovfm_monai.data.reading import NIFTI, PHOTO, suffix
 from biovfm_monai.errors import InputError
 
@@ -50,7 +49,8 @@ def load_datalist(
         modality: modality of every item, whatever headers and folders say.
 
     Returns:
-        Dicts with "image" (absolute path), "modality", and "spacing", "subject", "source", "label" where known.
+        Dicts with "image" (absolute path, or those of a volume's slices), "modality", and "spacing", "subject",
+        "source", "label" where known.
 
     Raises:
         InputError: when the folder is missing or empty, or an item has no file or no modality.
@@ -72,16 +72,17 @@ def load_datalist(
 def find_images(folder: str | Path, modality: str | None = None) -> list[dict[str, Any]]:
     """Describe every image below a folder, or one file; DICOM files in one folder that are a volume's slices are one.
 
-    Only headers are read. Modality and patient come from a DICOM header (patients are numbered, their identifiers not
-    kept), the modality else from the nearest enclosing folder that is named after one, the spacing in mm, along x, y
-    and z, from the header.
+    The "image" of such a volume is their folder, or, where several series share it, the list of the slices. Only
+    headers are read. Modality and patient come from a DICOM header (patients are numbered, their identifiers not kept),
+    the modality else from the nearest enclosing folder that is named after one, the spacing in mm, along x, y and z,
+    from the header.
 
     Args:
         folder: what is looked through.
         modality: modality of every image, whatever headers and folders say.
 
     Raises:
-        InputError: when a header cannot be read, an image has no modality, or slices of several series share a folder.
+        InputError: when a header cannot be read, or an image has no modality.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.exists():
@@ -90,7 +91,7 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[dict[st
     ignored, patients = 0, dict[str, int]()
     for parent, files in _files_by_folder(folder):
         plain = [p for p in files if suffix(p) in (*NIFTI, *PHOTO, *_VOLUME) and suffix(p) != ".img"]
-        slices = [p for p in files if p not in plain and is_dicom(p)]
+        slices = image_headers(p for p in files if p not in plain and is_dicom(p))
         ignored += len(files) - len(slices) - len(plain)
         items += [_describe(path, folder) for path in plain]
         items += _describe_dicom(parent, slices, folder, patients)
@@ -138,12 +139,15 @@ def _read_section(folder: Path, section: str) -> list[dict[str, Any]]:
         names = ", ".join(sections) if isinstance(sections, dict) else "no sections at all"
         raise InputError(f"{path}: has no list {section!r}, but {names}. Add it, or name another.")
     entries = sections[section]
-    items = []
+    items: list[dict[str, Any]] = []
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        image = entry.get("image") if isinstance(entry, dict) else None
+        paths: Any = [image] if isinstance(image, str) else image
+        if not (isinstance(paths, list) and paths and all(isinstance(one, str) for one in paths)):
             raise InputError(f'{path}: item {number} of {section!r} has no "image". Write {{"image": "path", ...}}.')
-        path = folder / entry["image"]
-        items.append({"modality": _folder_modality(path, folder), **entry, "image": str(path)})
+        files = [folder / one for one in paths]
+        given = str(files[0]) if isinstance(image, str) else [str(file) for file in files]
+        items.append({"modality": _folder_modality(files[0], folder), **entry, "image": given})
     return items
 
 
@@ -154,25 +158,29 @@ def _describe(path: Path, root: Path) -> dict[str, Any]:
     return item
 
 
-def _describe_dicom(parent: Path, paths: list[Path], root: Path, patients: dict[str, int]) -> Iterator[dict[str, Any]]:
-    headers = {path: read_header(path) for path in paths}
-    if is_stack(headers):
-        slices, distance = sorted_slices(headers)
-        spacing = [*_spacing(slices[0])[:2], distance]
-        yield _dicom_item(parent, headers[slices[0]], slices[0], root, patients) | {"spacing": spacing}
-        return
-    series = Counter(str(header.get("SeriesInstanceUID")) for header in headers.values() if header.get(PLACE[0]))
-    if len(series) > 1 and max(series.values()) > 1:
-        raise InputError(f"{parent}: holds slices of {len(series)} DICOM series. Give each series a folder of its own.")
-    for path, header in headers.items():
-        yield _dicom_item(path, header, path, root, patients)
+def _describe_dicom(
+    parent: Path, found: dict[Path, pydicom.Dataset], root: Path, patients: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    series: dict[str, dict[Path, pydicom.Dataset]] = {}
+    for path, header in found.items():
+        series.setdefault(str(header.get("SeriesInstanceUID")), {})[path] = header
+    for headers in series.values():
+        if is_stack(headers):
+            slices, distance = sorted_slices(headers)
+            image = parent if len(series) == 1 else [str(path) for path in slices]
+            item = _dicom_item(image, headers[slices[0]], slices[0], root, patients)
+            yield item | {"spacing": [*_spacing(slices[0])[:2], distance]}
+        else:
+            for path, header in headers.items():
+                yield _dicom_item(path, header, path, root, patients)
 
 
 def _dicom_item(
-    image: Path, header: pydicom.Dataset, file: Path, root: Path, patients: dict[str, int]
+    image: Path | list[str], header: pydicom.Dataset, file: Path, root: Path, patients: dict[str, int]
 ) -> dict[str, Any]:
     modality = _MODALITY.get(str(header.get("Modality", ""))) or _folder_modality(file, root)
-    item = {"image": str(image), "modality": modality, "spacing": _spacing(file)}
+    named = image if isinstance(image, list) else str(image)
+    item = {"image": named, "modality": modality, "spacing": _spacing(file)}
     if header.get("PatientID"):
         item["subject"] = f"patient-{patients.setdefault(str(header.PatientID), len(patients) + 1)}"
     return item

@@ -5,7 +5,7 @@ https://dicom.nema.org/medical/dicom/current/output/chtml/part03/sect_C.7.6.2.ht
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,16 @@ import pydicom
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["DICOM", "PLACE", "is_dicom", "is_stack", "read_header", "sorted_slices"]
+__all__ = ["DICOM", "image_headers", "is_dicom", "is_stack", "read_header", "sorted_slices"]
 
 DICOM = (".dcm", ".dicom", ".ima")
 """Endings of the names of DICOM files; many have none, and are known by their content."""
 
-PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
+_PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
 """The tags that say where a slice lies in the body, and how it is turned."""
 
-_TAGS = ["Modality", "PatientID", "SeriesInstanceUID", *PLACE]
+_TAGS = ["Modality", "PatientID", "Rows", "SeriesInstanceUID", *_PLACE]
+_DERIVED = {"PR", "REG", "RTDOSE", "SEG"}
 _TOLERANCE = 0.02
 
 
@@ -42,9 +43,19 @@ def read_header(path: Path) -> pydicom.Dataset:
         raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 
 
+def image_headers(paths: Iterable[Path]) -> dict[Path, pydicom.Dataset]:
+    """Headers of those DICOM files that hold an image: no report, plan, signal, dose or segmentation.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    headers = {path: read_header(path) for path in paths}
+    return {path: h for path, h in headers.items() if h.get("Rows") and h.get("Modality") not in _DERIVED}
+
+
 def is_stack(headers: Mapping[Path, pydicom.Dataset]) -> bool:
     """Whether files are slices of one volume: several of one series, each with its place and direction."""
-    placed = all(header.get(tag) for header in headers.values() for tag in PLACE)
+    placed = all(header.get(tag) for header in headers.values() for tag in _PLACE)
     return placed and len(headers) > 1 and len({str(h.get("SeriesInstanceUID")) for h in headers.values()}) == 1
 
 

@@ -140,31 +140,21 @@ class Mixture:
         if not len(source.codes):
             raise InputError("there is no image to sample from. Give others, or a larger share of them.")
         if not (math.isfinite(temperature) and temperature > 0):
-            raise InputError(
-                f"temperature {temperature} must be above 0. Give 1 for shares by size, 2 for evener ones."
-            )
+            raise InputError(f"temperature {temperature} must be above 0. Give 1 for shares by size, or more.")
         one = Labels(np.zeros(1, dtype=np.int8), [""])
         modality, bucket = modality or one, bucket or one
         # Rows by bucket, then source, then modality: each group is one stretch of them.
         code = bucket.codes.astype(np.int32) * len(source.names) + source.codes
-        code = code * len(modality.names) + modality.codes
-        sizes = np.bincount(code)
-        present = np.flatnonzero(sizes)
-        # Few groups are sorted by their digits, in a second for 20 million images.
-        number = np.zeros(len(sizes), dtype=np.uint16 if len(present) < 2**16 else np.uint32)
-        number[present] = np.arange(len(present))
-        code = number[code]
-        order = np.argsort(code, kind="stable").astype(np.uint32)
+        present, counts, self._order = _stretches(code * len(modality.names) + modality.codes)
         b, rest = np.divmod(present, len(source.names) * len(modality.names))
         s, m = np.divmod(rest, len(modality.names))
-        counts = sizes[present]
         of_source = np.bincount(source.codes, minlength=len(source.names))[s]
         share = counts * of_source ** (1 / temperature - 1)
         share = share * _factors(source, source_weights, "source")[s]
         share = share * _factors(modality, modality_weights, "modality")[m]
         if not share.sum() > 0:
             raise InputError("all images have weight 0. Give one source and one modality a weight above 0.")
-        self.batch_size, self.seed, self._order = batch_size, seed, order
+        self.batch_size, self.seed = batch_size, seed
         used = share > 0
         starts = counts.cumsum() - counts
         buckets = np.unique(b[used])
@@ -227,6 +217,16 @@ def subset(source: Labels, fraction: float, seed: int = 0) -> NDArray[np.bool_]:
             chosen = permute(np.arange(first, min(first + _CHUNK, count)), size, _mixed(seed, 4, code))
             kept[order[end - size + chosen]] = True
     return kept
+
+
+def _stretches(code: NDArray[np.int32]) -> tuple[Integers, Integers, NDArray[np.uint32]]:
+    """The codes that occur, how often, and the rows sorted by code."""
+    sizes = np.bincount(code)
+    present = np.flatnonzero(sizes)
+    # Small numbers are sorted by their digits, in a second for 20 million rows.
+    number = np.zeros(len(sizes), dtype=np.uint16 if len(present) < 2**16 else np.uint32)
+    number[present] = np.arange(len(present))
+    return present, sizes[present], np.argsort(number[code], kind="stable").astype(np.uint32)
 
 
 def _factors(labels: Labels, weights: Mapping[str, float] | None, kind: str) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,31 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 class ByModalityd(MapTransform):
     """Apply the preset of `biovfm_monai.data.modalities` that a sample's "modality" names.
 
+    Args:
+        keys: of the images.
+        spacing: mm along depth, height and width, for volumes; None to keep their own.
+        options: modality -> options of its preset, such as {"ct": {"window": "lung"}}.
+
     Raises:
-        InputError: when there is no preset of that name.
+        InputError: when there is no preset or option of that name, or an option means nothing.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: Sequence[float] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         super().__init__(keys)
-        self.presets = {name: getattr(modalities, name)(keys, spacing=spacing) for name in modalities.__all__}
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise InputError(f"presets {options!r} must be options by modality. Give {{'ct': {{'window': 'lung'}}}}.")
+        for name, given in options.items():
+            _check_options(name, given)
+        self.presets = {
+            name: getattr(modalities, name)(keys, spacing=spacing, **options.get(name, {}))
+            for name in modalities.__all__
+        }
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Preprocess one sample."""
@@ -38,6 +57,15 @@ class ByModalityd(MapTransform):
                 f"there are {', '.join(self.presets)}. Correct it in the datalist, or give --modality."
             )
         return dict(self.presets[data["modality"]](data))
+
+
+def _check_options(name: str, given: Any) -> None:
+    if name not in modalities.__all__:
+        raise InputError(f"presets: there is none for {name!r}, but {', '.join(modalities.__all__)}.")
+    known = [*inspect.signature(getattr(modalities, name)).parameters][2:]
+    wrong = given if not isinstance(given, Mapping) else next((option for option in given if option not in known), None)
+    if wrong is not None:
+        raise InputError(f"presets: {name} has no option {wrong!r}. There are {', '.join(known) or 'none'}.")
 
 
 class MatchChannelsd(MapTransform):
@@ -137,12 +165,16 @@ def training_transform(
     crop_size: Sequence[int],
     spacing: Sequence[float] | None = None,
     keys: KeysCollection = ("image",),
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Compose:
-    """Datalist item to float16 C x depth x height x width in [0, 1], at least as large as the crop."""
+    """Datalist item to float16 C x depth x height x width in [0, 1], at least as large as the crop.
+
+    spacing and presets are those of `ByModalityd`.
+    """
     return Compose(
         [
             ReadImaged(keys),
-            ByModalityd(keys, spacing),
+            ByModalityd(keys, spacing, presets),
             RequireSized(keys, crop_size),
             # In this order grey images are kept once in memory, not once per channel.
             CastToTyped(keys, dtype=torch.float16),
@@ -158,15 +190,16 @@ def encoder_transform(
     std: float | Sequence[float],
     spacing: Sequence[float] | None = None,
     keys: KeysCollection = ("image",),
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Compose:
     """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W.
 
-    mean and std are one number each, or one per channel.
+    mean and std are one number each, or one per channel; spacing and presets are those of `ByModalityd`.
     """
     return Compose(
         [
             ReadImaged(keys),
-            ByModalityd(keys, spacing),
+            ByModalityd(keys, spacing, presets),
             MatchChannelsd(keys, in_channels),
             FitSized(keys, img_size),
             _Normalised(keys, mean, std),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from monai.data.image_reader import ImageReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 from PIL import Image
 
-from biovfm_monai.data.dicom import is_dicom, is_stack, read_header, sorted_slices
+from biovfm_monai.data.dicom import image_headers, is_dicom, is_stack, read_header, sorted_slices
 from biovfm_monai.data.dicom_values import displayed, is_radiograph, measured, uptake_factor
 from biovfm_monai.errors import InputError
 
@@ -57,21 +57,23 @@ def _refuse_pages(path: Path) -> None:
         raise InputError(f"{path}: holds {pages} pages, of which only the first would be read. Save each as a file.")
 
 
-def _read_series(folder: Path) -> Any:
-    """All slices of a folder, in the order of their places; MONAI's reader would leave some series' slices out."""
-    headers = {path: read_header(path) for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)}
+def _slices(folder: Path) -> dict[Path, pydicom.Dataset]:
+    headers = image_headers(path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path))
     if not headers:
-        raise InputError(f"{folder}: a folder without DICOM files is no image. Correct the datalist.")
-    if len(headers) == 1:
-        return itk.imread(str(next(iter(headers))))
+        raise InputError(f"{folder}: a folder without DICOM images is no image. Correct the datalist.")
+    return headers
+
+
+def _read_series(headers: Mapping[Path, pydicom.Dataset]) -> Any:
+    """The slices of a volume, in the order of their places; MONAI's reader would leave some series' slices out."""
     if not is_stack(headers):
+        folder = next(iter(headers)).parent
         raise InputError(f"{folder}: its DICOM files are not the slices of one volume. Name the files in the datalist.")
     return itk.imread([str(path) for path in sorted_slices(headers)[0]])
 
 
-def _meaning(path: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
+def _meaning(file: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
     """Values for display of a radiograph, uptake of a PET image whose header tells it; and the unit, "" if unknown."""
-    file = next((p for p in sorted(path.iterdir()) if p.is_file() and is_dicom(p)), path) if path.is_dir() else path
     if not is_dicom(file):
         return values, ""
     header = pydicom.dcmread(file, stop_before_pixels=True)
@@ -82,8 +84,8 @@ def _meaning(path: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
     return (values, "") if factor is None else (values.astype(np.float32) * factor, "SUV")
 
 
-def read_image(path: str | Path) -> MetaTensor:
-    """Read an image file, or a folder that holds one DICOM series.
+def read_image(path: str | Path | Sequence[str | Path]) -> MetaTensor:
+    """Read an image file, a folder that holds one DICOM series, or the files of one in any order.
 
     Returns:
         C x X x Y (x Z): uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres. Radiographs
@@ -92,18 +94,22 @@ def read_image(path: str | Path) -> MetaTensor:
 
     Raises:
         InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite,
-            or the files of a folder are not the slices of one volume.
+            or the files of a series are not the slices of one volume.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file. Correct the path in the datalist.")
-    reader = _reader(path)
+    files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
+    path = files[0]
+    for file in files:
+        if not file.exists():
+            raise InputError(f"{file}: no such file. Correct the path in the datalist.")
     try:
+        headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files[1:] and files}
+        files = [*headers] or files
+        reader = _reader(files[0])
         if suffix(path) in PHOTO:
             _refuse_pages(path)
-        array, meta = reader.get_data(_read_series(path) if path.is_dir() else reader.read(str(path)))
+        array, meta = reader.get_data(reader.read(str(files[0])) if len(files) == 1 else _read_series(headers))
         if isinstance(reader, ITKReader):
-            array, meta["units"] = _meaning(path, np.asarray(array))
+            array, meta["units"] = _meaning(files[0], np.asarray(array))
     except (MemoryError, InputError):
         raise
     except Exception as error:

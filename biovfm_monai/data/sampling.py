@@ -25,10 +25,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
         accumulation_steps: micro-batches per optimizer step.
 
     Raises:
-        InputError: when the batch cannot be shared out evenly.
+        InputError: when the batch cannot be shared out evenly, or a number means nothing.
     """
 
     def __init__(self, batch_size: int, steps_per_epoch: int, accumulation_steps: int = 1) -> None:
+        for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
+            if not isinstance(value, int):
+                raise InputError(f"{name} {value!r} must be a whole number. Correct --{name}.")
+        if steps_per_epoch < 1:
+            raise InputError(f"steps_per_epoch {steps_per_epoch} must be above 0. Correct --steps_per_epoch.")
         shares = distributed.world_size() * accumulation_steps
         if batch_size < 1 or batch_size % shares:
             raise InputError(

@@ -60,7 +60,7 @@ class PretrainingTrainer(SupervisedTrainer):
         seed: of masks and views.
 
     Raises:
-        InputError: on an unknown precision, fp16 without a GPU, or an epoch_length other than the sampler's.
+        InputError: on an unknown precision, fp16 without a GPU, no epoch, or an epoch_length other than the sampler's.
         NonFiniteLossError: in `run`, when the loss is not finite.
     """
 
@@ -89,6 +89,8 @@ class PretrainingTrainer(SupervisedTrainer):
         device = torch.device(device)
         if precision == "fp16" and device.type != "cuda":
             raise InputError(f"precision 'fp16' needs a CUDA GPU, the device is {device}. Give --precision bf16.")
+        if not isinstance(max_epochs, int) or max_epochs < 1:
+            raise InputError(f"max_epochs {max_epochs!r} must be a whole number above 0. Correct --max_epochs.")
         _require_length(train_data_loader, epoch_length)
         self.dtype = _DTYPES[precision]
         self.loss_scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

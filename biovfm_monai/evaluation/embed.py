@@ -36,7 +36,7 @@ def transform_of(encoder_path: str | Path) -> Compose:
         )
     return encoder_transform(
         network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"],
-        preprocessing.get("spacing"),
+        preprocessing.get("spacing"), presets=preprocessing.get("presets"),
     )  # fmt: skip
 
 
@@ -87,6 +87,8 @@ def embed_files(
 ) -> tuple[int, int]:
     """Embed image files, and all images below folders, into an .npz file with "files" and "embeddings".
 
+    A volume in slices has the name of their folder, or of its first slice where several series share a folder.
+
     Args:
         paths: image files, folders of images, or folders of one DICOM series each.
         encoder_path: encoder file.
@@ -104,5 +106,6 @@ def embed_files(
         raise InputError(f"no image found in {', '.join(str(path) for path in paths)}.")
     vectors = embed(Embedder(load_encoder(encoder_path)), Dataset(items, transform_of(encoder_path)))
     with write_atomically(out) as draft, draft.open("wb") as file:
-        np.savez(file, files=np.array([item["image"] for item in items]), embeddings=vectors)
+        names = [image if isinstance(image, str) else image[0] for image in (item["image"] for item in items)]
+        np.savez(file, files=np.array(names), embeddings=vectors)
     return vectors.shape

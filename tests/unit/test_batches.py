@@ -122,6 +122,19 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch, batch, world,
         GlobalBatchSampler(batch, 1, accumulation)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("abc", 3), "batch_size 'abc' must be a whole number. Correct --batch_size"),
+        ((4, 1.5), "steps_per_epoch 1.5 must be a whole number"),
+        ((4, 0), "steps_per_epoch 0 must be above 0. Correct --steps_per_epoch"),
+    ],
+)
+def test_numbers_of_a_batch_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        GlobalBatchSampler(*arguments)
+
+
 # Views
 
 SIZES = [(8, 8), (6, 8, 10)]

@@ -1,16 +1,27 @@
 """Datalists and the sample images."""
 
 import json
+import shutil
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from image_files import preset, write_dicom, write_nifti, write_png
 from PIL import Image
+from pydicom.data import get_testdata_file
 
-from biovfm_monai.data import find_images, load_datalist, read_image, training_transform, write_samples
+from biovfm_monai.data import (
+    ReadImaged,
+    find_images,
+    load_datalist,
+    read_image,
+    training_transform,
+    write_samples,
+)
 from biovfm_monai.data import samples as sample_images
 from biovfm_monai.errors import InputError
 
@@ -94,10 +105,40 @@ def test_dicom_files_are_known_by_their_content_whatever_their_name(series):
     assert read_image(item["image"]).shape == (1, 8, 6, 3)
 
 
-def test_two_dicom_series_of_several_slices_in_one_folder_are_refused(series):
-    write_dicom(series / "d.dcm", "1.2.4")
-    with pytest.raises(InputError, match=f"{series}: holds slices of 2 DICOM series. Give each"):
-        find_images(series)
+def test_dicom_series_that_share_a_folder_are_a_volume_each(series):
+    for number, name in enumerate("fed"):
+        write_dicom(series / f"{name}.dcm", "1.2.4", number, value=10 * number + 5)
+    write_dicom(series / "single.dcm", "1.2.5", value=7)
+    items = find_images(series)
+    assert len(items) == 3
+    volume = next(item for item in items if item["image"][0].endswith("f.dcm"))
+    assert [Path(path).name for path in volume["image"]] == ["f.dcm", "e.dcm", "d.dcm"]
+    assert volume["spacing"] == [1, 1, 3]
+    for files in (volume["image"], volume["image"][::-1]):
+        assert read_image(files)[0, 0, 0].tolist() == [-990, -970, -950]
+    assert str(series / "single.dcm") in [item["image"] for item in items]
+
+
+@pytest.mark.parametrize("name", ["rtplan.dcm", "test-SR.dcm", "waveform_ecg.dcm", "liver_1frame.dcm", "rtdose.dcm"])
+def test_what_stands_beside_the_slices_and_is_no_image_is_left_out(series, name, caplog):
+    expected = read_image(series)
+    shutil.copy(get_testdata_file(name), series / name)
+    with caplog.at_level("INFO"):
+        (item,) = find_images(series)
+    assert "left out 1 file(s) that are no images" in caplog.text
+    assert item["image"] == str(series)
+    assert torch.equal(read_image(series).as_tensor(), expected.as_tensor())
+
+
+def test_a_datalist_names_the_slices_of_a_volume(series):
+    names = sorted(f"series/{path.name}" for path in series.iterdir())
+    (series.parent / "datalist.json").write_text(json.dumps({"training": [{"image": names, "modality": "ct"}]}))
+    (item,) = load_datalist(series.parent)
+    image = ReadImaged("image")(item)["image"]
+    assert torch.equal(image.as_tensor(), read_image(series).as_tensor())
+    (series.parent / names[1]).unlink()
+    with pytest.raises(InputError, match=rf"{names[1]}: no such file"):
+        ReadImaged("image")(item)
 
 
 def test_all_slices_of_a_series_are_read_even_where_their_headers_differ(tmp_path):

@@ -14,11 +14,14 @@ from pydicom.sequence import Sequence
 from skimage import data as photos
 from skimage.feature import match_template
 
-from biovfm_monai.data import modalities, read_image, sample_datalist
+from biovfm_monai.checkpoints import save_encoder
+from biovfm_monai.data import ByModalityd, modalities, read_image, sample_datalist
 from biovfm_monai.data.dicom_values import uptake_factor
 from biovfm_monai.data.modalities.base import CropToFieldd
 from biovfm_monai.data.modalities.ct import WINDOWS
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation import transform_of
+from biovfm_monai.networks import vit_tiny
 
 
 def brain():
@@ -64,6 +67,40 @@ def test_a_spacing_for_volumes_leaves_large_photos_at_their_size_limit(tmp_path)
 def test_a_spacing_finer_than_the_size_limit_is_kept(tmp_path):
     path = write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random((6, 7, 8)), spacing=(100, 100, 100))
     assert preset("ct", path, spacing=(100.0, 1.0, 1.0)).shape == (1, 8, 601, 501)
+
+
+def test_options_of_presets_reach_the_images_of_their_modality_only(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", np.linspace(-1350, 150, 125).reshape(5, 5, 5))
+    lung = ByModalityd("image", options={"ct": {"window": "lung"}})
+    expected = modalities.ct("image", window="lung")({"image": read_image(path)})["image"]
+    assert torch.equal(lung({"image": read_image(path), "modality": "ct"})["image"], expected)
+    plain = modalities.mri("image")({"image": read_image(path)})["image"]
+    assert torch.equal(lung({"image": read_image(path), "modality": "mri"})["image"], plain)
+
+
+def test_an_encoder_file_keeps_the_options_of_its_presets(tmp_path):
+    item = {"image": str(write_nifti(tmp_path / "a.nii.gz", np.full((9, 9, 9), -600.0))), "modality": "ct"}
+    preprocessing = {"mean": 0.0, "std": 1.0, "presets": {"ct": {"window": [-700, -500]}}}
+    encoder = vit_tiny(in_channels=1, img_size=(9, 9), patch_size=9, depth=1)
+    save_encoder(encoder, tmp_path / "encoder.safetensors", preprocessing)
+    image = transform_of(tmp_path / "encoder.safetensors")(item)["image"]
+    torch.testing.assert_close(image.as_tensor(), torch.full((1, 9, 9, 9), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("lung", "presets 'lung' must be options by modality"),
+        ({"ctt": {}}, "presets: there is none for 'ctt', but ct, dermoscopy"),
+        ({"ct": {"windows": "lung"}}, "presets: ct has no option 'windows'. There are window"),
+        ({"ct": "lung"}, "presets: ct has no option 'lung'. There are window"),
+        ({"xray": {"window": 1}}, "presets: xray has no option 'window'. There are none"),
+        ({"ct": {"window": "liver"}}, "window 'liver' must be one of wide"),
+    ],
+)
+def test_options_that_a_preset_does_not_have_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        ByModalityd("image", options=options)
 
 
 # CT, MRI

@@ -147,6 +147,12 @@ def test_gradients_are_clipped_to_the_given_norm():
     assert max(norms) <= 0.5 + 1e-6
 
 
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, "abc"])
+def test_a_run_of_no_epochs_is_refused(epochs):
+    with pytest.raises(InputError, match=r"max_epochs .* must be a whole number above 0\. Correct --max_epochs"):
+        trainer(Line(), epochs=epochs)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(bad):
     method = Line(scale=bad)
