@@ -41,7 +41,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         cache_rate: share of the images that is kept in memory; the others are read again for every crop.
         num_workers: threads that fill the memory.
         fraction: share of each source's images that is used, as in `subset`.
-        temperature, source_weights, modality_weights: as in `Mixture`.
+        **mixing: temperature, source_weights and modality_weights of `Mixture`.
 
     Raises:
         InputError: when there is no item, or a weight or share means nothing.
@@ -56,19 +56,14 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         cache_rate: float = 1.0,
         num_workers: int = 2,
         fraction: float = 1.0,
-        temperature: float = 1.0,
-        source_weights: Mapping[str, float] | None = None,
-        modality_weights: Mapping[str, float] | None = None,
+        **mixing: Any,
     ) -> None:
         if not data:
             raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
         if fraction != 1:
             kept = subset(_column(data, "source"), fraction, seed)
             data = [item for item, keep in zip(data, kept, strict=True) if keep]
-        self._mixture = Mixture(
-            _column(data, "source"), _column(data, "modality"), seed=seed, temperature=temperature,
-            source_weights=source_weights, modality_weights=modality_weights,
-        )  # fmt: skip
+        self._mixture = Mixture(_column(data, "source"), _column(data, "modality"), seed=seed, **mixing)
         self._drawn = (-1, np.empty(0, dtype=np.int64))
         try:
             self.images = CacheDataset(

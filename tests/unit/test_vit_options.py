@@ -420,3 +420,9 @@ def test_patches_that_cannot_be_halved_so_often_are_refused():
 def test_sizes_that_are_no_multiples_of_the_patch_are_refused_with_an_example(size, patch):
     with pytest.raises(InputError, match=r"multiples of patch_size .* Give --img_size such as \[64,64\]"):
         tiny(size, patch)
+
+
+@pytest.mark.parametrize("options", [{"pos_embed": "sincos"}, {"pos_embed": "learn", "class_token": False}])
+def test_a_position_for_a_class_token_without_a_learned_grid_or_without_the_token_is_refused(options):
+    with pytest.raises(InputError, match="no_embed_class False needs class_token and pos_embed 'learn'"):
+        tiny(no_embed_class=False, **options)

@@ -19,7 +19,7 @@ from monai.transforms import (
     Spacing,
     Transform,
 )
-from skimage.measure import label
+from monai.transforms.utils import generate_spatial_bounding_box, get_largest_connected_component_mask
 from skimage.morphology import convex_hull_image, isotropic_dilation, isotropic_erosion
 from torch import Tensor
 
@@ -182,11 +182,10 @@ class CropToFieldd(MapTransform):
             field = self._field(image)
             if field is None:
                 continue
-            rows, columns = (np.flatnonzero(field.any(axis)) for axis in (1, 0))
-            box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+            (top, left), (bottom, right) = generate_spatial_bounding_box(field[None])
             if self.mask:
                 image = image * torch.from_numpy(convex_hull_image(field))
-            sample[key] = image[..., box[0], box[1]]
+            sample[key] = image[..., top:bottom, left:right]
         return sample
 
     def _field(self, image: Tensor) -> np.ndarray | None:
@@ -201,9 +200,9 @@ class CropToFieldd(MapTransform):
         core = isotropic_erosion(np.pad(np.pad(bright, beyond, mode="reflect"), 1), radius)
         if not core.any():
             return None
-        regions = label(isotropic_dilation(core, radius)[beyond + 1 : -beyond - 1, beyond + 1 : -beyond - 1])
-        sizes = np.bincount(regions.flat)[1:]
-        return regions == sizes.argmax() + 1 if sizes.max(initial=0) >= _SPECK * bright.size else None
+        opened = isotropic_dilation(core, radius)[beyond + 1 : -beyond - 1, beyond + 1 : -beyond - 1]
+        field = np.asarray(get_largest_connected_component_mask(opened))
+        return field if field.sum() >= _SPECK * field.size else None
 
 
 def geometry(keys: KeysCollection, spacing: Sequence[float] | None, *steps: Transform) -> Compose:
