@@ -1,7 +1,8 @@
 """File to sample to batch."""
 
 from biovfm_monai.data.crops import RandomCropDataset
-from biovfm_monai.data.datalist import find_images, load_datalist
+from biovfm_monai.data.datalist import load_datalist
+from biovfm_monai.data.find import find_images
 from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.preprocessing import (
     ByModalityd,

@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
+from biovfm_monai.data.headers import Header, checked, itk_spacing
 from biovfm_monai.errors import InputError
 
-__all__ = ["DICOM", "image_headers", "is_dicom", "is_stack", "read_header", "sorted_slices"]
+__all__ = [
+    "DICOM", "dicom_header", "image_headers", "is_dicom", "is_film", "is_image", "is_stack", "read_header",
+    "sorted_slices", "volumes",
+]  # fmt: skip
 
 DICOM = (".dcm", ".dicom", ".ima")
 """Endings of the names of DICOM files; many have none, and are known by their content."""
@@ -21,9 +25,15 @@ DICOM = (".dcm", ".dicom", ".ima")
 _PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
 """The tags that say where a slice lies in the body, and how it is turned."""
 
-_TAGS = ["Modality", "PatientID", "Rows", "SeriesInstanceUID", *_PLACE]
+_TAGS = [
+    "AcquisitionNumber", "BitsAllocated", "Columns", "GridFrameOffsetVector", "InstanceNumber", "Modality",
+    "NumberOfFrames", "PatientID", "PixelRepresentation", "Rows", "SOPInstanceUID", "SamplesPerPixel",
+    "SeriesInstanceUID", "SharedFunctionalGroupsSequence", "SpacingBetweenSlices", *_PLACE,
+]  # fmt: skip
+_DISTANCES = ("GridFrameOffsetVector", "SharedFunctionalGroupsSequence", "SpacingBetweenSlices")
 _DERIVED = {"PR", "REG", "RTDOSE", "SEG"}
 _TOLERANCE = 0.02
+_TURNED = 1e-3
 
 
 def is_dicom(path: Path) -> bool:
@@ -43,14 +53,84 @@ def read_header(path: Path) -> pydicom.Dataset:
         raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
 
 
+def is_image(header: pydicom.Dataset) -> bool:
+    """Whether a DICOM file holds an image: no report, plan, signal, dose or segmentation."""
+    return bool(header.get("Rows")) and header.get("Modality") not in _DERIVED
+
+
 def image_headers(paths: Iterable[Path]) -> dict[Path, pydicom.Dataset]:
-    """Headers of those DICOM files that hold an image: no report, plan, signal, dose or segmentation.
+    """Headers of those DICOM files that hold an image (`is_image`).
 
     Raises:
         InputError: as `read_header`.
     """
     headers = {path: read_header(path) for path in paths}
-    return {path: h for path, h in headers.items() if h.get("Rows") and h.get("Modality") not in _DERIVED}
+    return {path: header for path, header in headers.items() if is_image(header)}
+
+
+def is_film(header: pydicom.Dataset) -> bool:
+    """Whether a file holds several frames that have no distance from each other in space."""
+    return int(header.get("NumberOfFrames") or 1) > 1 and not any(header.get(tag) for tag in _DISTANCES)
+
+
+def dicom_header(path: Path, header: pydicom.Dataset) -> Header:
+    """Size, channels, type and spacing of the image in one DICOM file, or of one slice.
+
+    Raises:
+        InputError: when they cannot be read, or cannot be.
+    """
+    frames = int(header.get("NumberOfFrames") or 1)
+    shape = (int(header.get("Columns") or 0), int(header.Rows), *([frames] if frames > 1 else []))
+    sign = "" if header.get("PixelRepresentation") else "u"
+    spacing = None if is_film(header) else itk_spacing(path)
+    dtype = f"{sign}int{header.get('BitsAllocated', 16)}"
+    return checked(path, Header(shape, int(header.get("SamplesPerPixel") or 1), dtype, spacing))
+
+
+def volumes(headers: Mapping[Path, pydicom.Dataset]) -> list[list[list[Path]]]:
+    """Sort files into volumes, of one series, direction and size each.
+
+    Args:
+        headers: of images, by file.
+
+    Returns:
+        Per series, direction and size the files of each of its time points (echoes, diffusion directions), one list
+        where slices do not come equally often; files without a place are a volume each.
+    """
+    groups: list[list[Path]] = []
+    for path, header in headers.items():
+        same = (group for group in groups if _belong_together(headers[group[0]], header))
+        group = next(same, None) if all(header.get(tag) for tag in _PLACE) else None
+        if group is None:
+            groups.append([path])
+        else:
+            group.append(path)
+    return [_time_points({path: headers[path] for path in group}) for group in groups]
+
+
+def _belong_together(a: pydicom.Dataset, b: pydicom.Dataset) -> bool:
+    same = all(a.get(tag) == b.get(tag) for tag in ("SeriesInstanceUID", "Rows", "Columns"))
+    if not same or not all(a.get(tag) for tag in _PLACE):
+        return False
+    return float(np.abs(_numbers(a, _PLACE[1]) - _numbers(b, _PLACE[1])).max()) <= _TURNED
+
+
+def _time_points(headers: Mapping[Path, pydicom.Dataset]) -> list[list[Path]]:
+    if len(headers) == 1:
+        return [[*headers]]
+    at: dict[tuple[float, ...], list[Path]] = {}
+    for path in sorted(headers, key=lambda path: (*_count(headers[path]), path)):
+        at.setdefault(tuple(_numbers(headers[path], _PLACE[0]).round(2).tolist()), []).append(path)
+    times = {len(paths) for paths in at.values()}
+    return [list(files) for files in zip(*at.values(), strict=True)] if len(times) == 1 else [[*headers]]
+
+
+def _count(header: pydicom.Dataset) -> tuple[int, int]:
+    return int(header.get("AcquisitionNumber") or 0), int(header.get("InstanceNumber") or 0)
+
+
+def _numbers(header: pydicom.Dataset, tag: str) -> np.ndarray:
+    return np.array([float(value) for value in header[tag].value])
 
 
 def is_stack(headers: Mapping[Path, pydicom.Dataset]) -> bool:
@@ -70,15 +150,15 @@ def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> tuple[list[Path], 
             shifted against each other (a tilted gantry), naming two of them or their folder.
     """
     paths = list(headers)
-    directions = np.array([[float(v) for v in headers[p].ImageOrientationPatient] for p in paths])
+    directions = np.array([_numbers(headers[p], _PLACE[1]) for p in paths])
     folder = paths[0].parent
-    turned = np.abs(directions - directions[0]).max(axis=1) > 1e-3
+    turned = np.abs(directions - directions[0]).max(axis=1) > _TURNED
     if turned.any():
         raise InputError(
             f"{folder}: {paths[0].name} and {paths[int(turned.argmax())].name} of one series have different "
             "directions. Give each direction a folder of its own."
         )
-    places = np.array([[float(v) for v in headers[p].ImagePositionPatient] for p in paths])
+    places = np.array([_numbers(headers[p], _PLACE[0]) for p in paths])
     normal = np.cross(directions[0, :3], directions[0, 3:])
     order = np.argsort(places @ normal)
     paths, steps = [paths[n] for n in order], np.diff(places[order], axis=0)

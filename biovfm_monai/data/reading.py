@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import itk
+import nibabel as nib
 import numpy as np
 import pydicom
+import tifffile
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor, NibabelReader, PILReader
-from monai.data.image_reader import ImageReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 from PIL import Image
 
-from biovfm_monai.data.dicom import image_headers, is_dicom, is_stack, read_header, sorted_slices
+from biovfm_monai.data.dicom import image_headers, is_dicom, is_film, is_stack, read_header, sorted_slices
 from biovfm_monai.data.dicom_values import displayed, is_radiograph, measured, uptake_factor
+from biovfm_monai.data.headers import (
+    APART,
+    ARRAYS,
+    NIFTI,
+    PHOTO,
+    TIFF,
+    VOLUME,
+    header_of,
+    is_colour,
+    readable,
+    suffix,
+    tiff_axes,
+)
 from biovfm_monai.errors import InputError
 
-__all__ = ["NIFTI", "PHOTO", "ReadImaged", "read_image", "suffix"]
+__all__ = ["ReadImaged", "part_of", "read_image"]
 
-NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _KEPT = ("affine", "original_affine", "space", "spatial_shape", "original_channel_dim", "units")
-PHOTO = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-
-
-def suffix(path: Path) -> str:
-    """The ending of a file's name in lower case, ".nii.gz" as one."""
-    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
 def _plain_colours(image: Image.Image) -> Image.Image:
@@ -39,22 +48,6 @@ def _plain_colours(image: Image.Image) -> Image.Image:
     if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
         return image.convert("RGB")
     return image.convert("L") if image.mode in ("1", "LA") else image
-
-
-def _reader(path: Path) -> ImageReader:
-    ending = suffix(path)
-    if ending in NIFTI:
-        return NibabelReader()
-    if ending in PHOTO:
-        return PILReader(converter=_plain_colours)
-    return ITKReader()
-
-
-def _refuse_pages(path: Path) -> None:
-    with Image.open(path) as image:
-        pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        raise InputError(f"{path}: holds {pages} pages, of which only the first would be read. Save each as a file.")
 
 
 def _slices(folder: Path) -> dict[Path, pydicom.Dataset]:
@@ -84,48 +77,128 @@ def _meaning(file: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
     return (values, "") if factor is None else (values.astype(np.float32) * factor, "SUV")
 
 
+def part_of(path: str | Path) -> tuple[Path, str | None]:
+    """A file and which of its images is meant, where a name such as "cine.nii.gz::3" says it.
+
+    Archives of arrays need a name and a number, as in "bloodmnist.npz::train_images::17".
+    """
+    file, separator, part = str(path).partition("::")
+    return (Path(path), None) if not separator or Path(path).exists() else (Path(file), part)
+
+
+@lru_cache(maxsize=1)
+def _array(path: Path, name: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        return np.asarray(arrays[name])
+
+
+def _of_archive(path: Path, part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """One image out of an array of images, rows first as in MedMNIST: channels last, or slices first."""
+    name, _, number = (part or "").partition("::")
+    if not number.isdecimal():
+        raise InputError(f"{path}: holds many images. Name one as {path.name}::train_images::0.")
+    image = _array(path, name)[int(number)]
+    return image.T, {"affine": _LPS, "original_channel_dim": 0 if is_colour(image.shape) else "no_channel"}
+
+
+def _of_nifti(path: Path, part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
+    reader = NibabelReader()
+    image = reader.read(str(path))
+    if part is not None:
+        if not part.isdecimal() or image.ndim < 4 or int(part) >= image.shape[3]:
+            raise InputError(f"{path}: has no volume {part!r} in its size {image.shape}. Correct the datalist.")
+        image = nib.squeeze_image(image.slicer[..., int(part) : int(part) + 1])
+    return reader.get_data(image)
+
+
+def _of_tiff(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """All pages of a TIFF file, as the slices of one volume; what Pillow does not know is read the same way."""
+    header = header_of(path)
+    array = tifffile.imread(path, key=None, series=0)
+    with tifffile.TiffFile(path) as file:
+        x, y, z, channels = tiff_axes(path, file.series[0].axes, file.series[0].shape)
+    rest = [n for n in range(array.ndim) if n not in (x, y, z, *channels)]
+    array = array.transpose(*rest, *channels, x, y, *([] if z is None else [z]))
+    array = array.reshape(-1, *array.shape[-2 if z is None else -3 :])
+    spacing = header.spacing or [1.0, 1.0, APART]
+    return array, {"affine": _LPS @ np.diag([*spacing, 1.0]), "original_channel_dim": 0}
+
+
+def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    if suffix(path) in TIFF:
+        header = header_of(path)
+        # Pillow would make eight bits of sixteen-bit colours.
+        known = len(header.shape) == 2 and (header.channels == 1 or header.dtype == "uint8")
+        try:
+            with Image.open(path):
+                pass
+        except Image.UnidentifiedImageError:
+            known = False
+        if not known:
+            return _of_tiff(path)
+    reader = PILReader(converter=_plain_colours)
+    return reader.get_data(reader.read(str(path)))
+
+
+def _of_itk(files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    """What ITK reads: NRRD, MetaImage, and DICOM in a file, a folder, or files that are the slices of a volume."""
+    path = files[0]
+    headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files[1:] and files}
+    files = [*headers] or files
+    reader = ITKReader()
+    array, meta = reader.get_data(reader.read(str(files[0])) if len(files) == 1 else _read_series(headers))
+    array, meta["units"] = _meaning(files[0], np.asarray(array))
+    if len(files) == 1 and is_dicom(files[0]) and is_film(read_header(files[0])):
+        affine = np.array(meta["affine"], dtype=float)
+        affine[:3, 2] *= APART / np.linalg.norm(affine[:3, 2])
+        meta["affine"] = affine
+    return array, meta
+
+
+def _read(files: Sequence[Path], part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array and what is known of it: "affine" and, in MONAI's words, "original_channel_dim"."""
+    ending = suffix(files[0])
+    if ending in ARRAYS:
+        return _of_archive(files[0], part)
+    if ending in (*NIFTI, *VOLUME, *TIFF, *PHOTO):
+        header_of(files[0])
+    if ending in NIFTI:
+        return _of_nifti(files[0], part)
+    return _of_photo(files[0]) if ending in (*TIFF, *PHOTO) else _of_itk(files)
+
+
 def read_image(path: str | Path | Sequence[str | Path]) -> MetaTensor:
     """Read an image file, a folder that holds one DICOM series, or the files of one in any order.
 
+    Args:
+        path: of the file or folder, followed by "::" and a number where it holds several images (`part_of`); or those
+            of a volume's slices.
+
     Returns:
-        C x X x Y (x Z): uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres. Radiographs
-        in DICOM have their values for display, PET the standardised uptake where the header allows, and then
-        "units" of "SUV".
+        C x X x Y (x Z): uint8 stays uint8, all else becomes float32; the affine is in RAS millimetres, with slices
+        `APART` of films and of pages whose distance is not known. Radiographs in DICOM have their values for display,
+        PET the standardised uptake where the header allows, and then "units" of "SUV".
 
     Raises:
-        InputError: when the file is missing, cannot be decoded, has several pages, or holds a value that is not finite,
-            or the files of a series are not the slices of one volume.
+        InputError: when the file is missing, cannot be decoded, or holds a value that is not finite, or the files of a
+            series are not the slices of one volume.
     """
-    files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
-    path = files[0]
-    for file in files:
-        if not file.exists():
-            raise InputError(f"{file}: no such file. Correct the path in the datalist.")
-    try:
-        headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files[1:] and files}
-        files = [*headers] or files
-        reader = _reader(files[0])
-        if suffix(path) in PHOTO:
-            _refuse_pages(path)
-        array, meta = reader.get_data(reader.read(str(files[0])) if len(files) == 1 else _read_series(headers))
-        if isinstance(reader, ITKReader):
-            array, meta["units"] = _meaning(files[0], np.asarray(array))
-    except (MemoryError, InputError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[-1]
-        raise InputError(
-            f"{path}: cannot be read as an image ({type(error).__name__}: {reason}). Repair or remove the file."
-        ) from error
+    file, part = part_of(path) if isinstance(path, str | Path) else (Path(path[0]), None)
+    files = [file] if isinstance(path, str | Path) else [Path(one) for one in path]
+    for one in files:
+        if not one.exists():
+            raise InputError(f"{one}: no such file. Correct the path in the datalist.")
+    with readable(file, "cannot be read as an image"):
+        array, meta = _read(files, part)
     array = np.asarray(array)
     if array.dtype != np.uint8:
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise InputError(
-                f"{path}: holds {(~np.isfinite(array)).sum()} NaN or infinite voxels. Repair or remove it."
+                f"{file}: holds {(~np.isfinite(array)).sum()} NaN or infinite voxels. Repair or remove it."
             )
     # A header also names the patient.
-    meta = {key: meta[key] for key in _KEPT if key in meta} | {"filename_or_obj": str(path)}
+    meta = {key: meta[key] for key in _KEPT if key in meta} | {"filename_or_obj": str(path if part else file)}
     image = MetaTensor.ensure_torch_and_prune_meta(torch.from_numpy(np.ascontiguousarray(array)), meta)
     return EnsureChannelFirst()(image, meta_dict=meta)
 

@@ -1,5 +1,6 @@
 """Image to tokens: plain single-device modules."""
 
+from biovfm_monai.anisotropy import anisotropy_of, draw_anisotropy, spacing_of
 from biovfm_monai.networks.adaptive import (
     AdaptiveConv3d,
     AdaptiveConvTranspose3d,
@@ -8,7 +9,6 @@ from biovfm_monai.networks.adaptive import (
     halved,
     pending,
 )
-from biovfm_monai.networks.anisotropy import anisotropy_of, draw_anisotropy, spacing_of
 from biovfm_monai.networks.blocks import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
 from biovfm_monai.networks.heads import Embedder
 from biovfm_monai.networks.masking import random_mask, take_tokens

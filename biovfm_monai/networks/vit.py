@@ -10,8 +10,8 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from biovfm_monai.anisotropy import anisotropy_of, check_spacing, spacing_of
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks.anisotropy import anisotropy_of, check_spacing, spacing_of
 from biovfm_monai.networks.arguments import block_defaults, check_arguments, in_3d
 from biovfm_monai.networks.blocks import Block, init_weights
 from biovfm_monai.networks.masking import take_tokens

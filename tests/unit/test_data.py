@@ -1,18 +1,22 @@
 """Readers and presets: from files to samples."""
 
+import nibabel as nib
 import numpy as np
 import pytest
+import tifffile
 import torch
 from image_files import preset, write_dicom, write_nifti, write_png
 from monai.data import MetaTensor
 from PIL import Image
 
+from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data import (
     ByModalityd,
     FitSized,
     MatchChannelsd,
     RequireSized,
     encoder_transform,
+    find_images,
     load_datalist,
     read_image,
     training_transform,
@@ -58,11 +62,103 @@ def test_a_bad_file_is_refused_with_its_name_and_a_remedy(tmp_path, name):
         read_image(tmp_path / name)
 
 
-def test_a_photo_of_several_pages_is_refused_since_all_but_the_first_would_be_lost(tmp_path):
-    pages = [Image.new("L", (8, 8), value) for value in (1, 2, 3)]
-    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(InputError, match=r"stack\.tif: holds 3 pages.*Save each"):
-        read_image(tmp_path / "stack.tif")
+def test_the_pages_of_a_tiff_are_slices_that_stand_for_themselves(tmp_path):
+    pages = np.arange(3 * 5 * 8, dtype=np.uint8).reshape(3, 5, 8)
+    first, *others = [Image.fromarray(page) for page in pages]
+    first.save(tmp_path / "stack.tif", save_all=True, append_images=others)
+    image = read_image(tmp_path / "stack.tif")
+    assert image.shape == (1, 8, 5, 3)
+    assert torch.equal(image.as_tensor()[0].permute(2, 1, 0), torch.from_numpy(pages))
+    (item,) = find_images(tmp_path, "microscopy")
+    assert (item["shape"], item["anisotropy"]) == ([8, 5, 3], 5)
+    assert "spacing" not in item
+    prepared = preset("microscopy", tmp_path / "stack.tif")
+    assert spacing_of(prepared)[0] == pytest.approx(1e8)
+    assert torch.equal(prepared.as_tensor()[0].mul(255).round().byte(), torch.from_numpy(pages))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "expected"),
+    [
+        ((9, 7), {}, (1, 7, 9)),
+        ((9, 7, 3), {"photometric": "rgb"}, (3, 7, 9)),
+        ((4, 9, 7), {"photometric": "minisblack"}, (1, 7, 9, 4)),
+        ((4, 2, 9, 7), {"imagej": True, "metadata": {"axes": "ZCYX"}}, (2, 7, 9, 4)),
+        ((4, 9, 7), {"compression": "lzw", "photometric": "minisblack"}, (1, 7, 9, 4)),
+    ],
+)
+def test_every_voxel_of_a_sixteen_bit_tiff_is_at_its_place(tmp_path, shape, options, expected):
+    values = np.random.default_rng(0).integers(0, 65535, shape, dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, **options)
+    image = read_image(tmp_path / "a.tif")
+    assert image.shape == expected
+    stored = values if values.shape[-1] != 3 else np.moveaxis(values, -1, 0)
+    axes = {4: "ZCYX", 3: "ZYX" if expected[0] == 1 else "CYX", 2: "YX"}[stored.ndim]
+    order = [axes.index(axis) for axis in "CXYZ" if axis in axes]
+    assert np.array_equal(image.numpy().squeeze(), stored.transpose(order).astype(np.float32).squeeze())
+
+
+def test_a_stack_of_imagej_has_the_spacing_that_it_says(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.zeros((4, 9, 7), np.uint16), imagej=True, resolution=(2, 2),
+        metadata={"axes": "ZYX", "spacing": 3, "unit": "um"},
+    )  # fmt: skip
+    (item,) = find_images(tmp_path, "microscopy")
+    assert item["spacing"] == pytest.approx([0.0005, 0.0005, 0.003])
+    assert item["anisotropy"] == 2
+    assert spacing_of(preset("microscopy", tmp_path / "a.tif")) == pytest.approx([0.003, 0.0005, 0.0005])
+
+
+def test_a_file_of_several_volumes_is_one_item_each_which_share_a_weight(tmp_path):
+    values = np.random.default_rng(0).random((5, 6, 7, 3)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "dwi.nii.gz")
+    items = find_images(tmp_path, "mri")
+    assert [item["image"] for item in items] == [f"{tmp_path}/dwi.nii.gz::{n}" for n in range(3)]
+    assert [item["weight"] for item in items] == [5 / 9] * 3
+    for number, item in enumerate(items):
+        image = read_image(item["image"])
+        assert np.array_equal(image[0].numpy(), values[..., number])
+        assert image.meta["filename_or_obj"] == item["image"]
+    with pytest.raises(InputError, match=r"dwi\.nii\.gz: has no volume '3'"):
+        read_image(f"{tmp_path}/dwi.nii.gz::3")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "channels", "degree"),
+    [((4, 9, 7), [7, 9], 1, 5), ((4, 9, 7, 3), [7, 9], 3, 5), ((4, 5, 9, 7), [7, 9, 5], 1, 0)],
+)
+def test_an_archive_of_medmnist_is_one_item_per_image_with_label_and_split(tmp_path, shape, size, channels, degree):
+    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    path = tmp_path / "bloodmnist.npz"
+    np.savez_compressed(path, train_images=images, train_labels=np.arange(4)[:, None], test_images=images[:1])
+    items = find_images(path)
+    assert [item["label"] for item in items[:4]] == [0, 1, 2, 3]
+    assert [item["split"] for item in items] == ["training"] * 4 + ["test"]
+    assert items[2] == {
+        "image": f"{path}::train_images::2", "modality": "microscopy", "shape": size, "channels": channels,
+        "dtype": "uint8", "anisotropy": degree, "split": "training", "label": 2,
+    }  # fmt: skip
+    prepared = preset("microscopy", items[2]["image"])
+    expected = images[2].transpose(2, 0, 1)[:, None] if channels == 3 else images[2].reshape(1, -1, 9, 7)
+    assert np.array_equal(prepared.mul(255).round().numpy(), expected)
+
+
+def test_an_archive_that_needs_unpickling_is_refused(tmp_path):
+    np.savez(tmp_path / "bad.npz", train_images=np.array([{}, {}], dtype=object))
+    with pytest.raises(InputError, match=r"bad\.npz: train_images of object"):
+        find_images(tmp_path, "ct")
+    with pytest.raises(InputError, match=r"bad\.npz: cannot be read"):
+        read_image(tmp_path / "bad.npz::train_images::0")
+
+
+def test_what_would_not_fit_into_memory_is_refused_by_its_header(tmp_path):
+    write_nifti(tmp_path / "a.nii", np.zeros((4, 4, 4)))
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[40:56] = np.array([3, 30000, 30000, 30000, 1, 1, 1, 1], np.int16).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    for call in (lambda path: find_images(path, "ct"), read_image):
+        with pytest.raises(InputError, match=r"a\.nii: would take \d+ GiB of memory"):
+            call(tmp_path / "a.nii")
 
 
 def test_running_out_of_memory_is_not_the_files_fault(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from image_files import preset, write_dicom, write_nifti, write_png
 from PIL import Image
 from pydicom.data import get_testdata_file
 
+from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data import (
     ReadImaged,
     find_images,
@@ -23,6 +24,7 @@ from biovfm_monai.data import (
     write_samples,
 )
 from biovfm_monai.data import samples as sample_images
+from biovfm_monai.data.find import survey
 from biovfm_monai.errors import InputError
 
 
@@ -173,9 +175,52 @@ def test_all_slices_of_a_series_are_read_even_where_their_headers_differ(tmp_pat
 def test_slices_that_make_no_regular_volume_are_refused(tmp_path, places, directions, message):
     for number, (place, direction) in enumerate(zip(places, directions, strict=True)):
         write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=place, ImageOrientationPatient=direction)
-    for call in (find_images, read_image):
-        with pytest.raises(InputError, match=message):
-            call(tmp_path)
+    with pytest.raises(InputError, match=message):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("places", [(0, 3, 9, 12), (0, 3, 3, 6)])
+def test_a_series_that_makes_no_regular_volume_is_set_aside_by_name(tmp_path, places):
+    for number, place in enumerate(places):
+        write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=[0, 0, place])
+    items, rejected = survey(tmp_path)
+    assert items == []
+    (one,) = rejected
+    assert one.file == str(tmp_path)
+    with pytest.raises(InputError) as caught:
+        find_images(tmp_path)
+    assert str(caught.value) == one.reason
+
+
+def test_directions_of_a_series_are_volumes_of_their_own(tmp_path):
+    for number in range(6):
+        turned = [1, 0, 0, 0, 0, -1] if number % 2 else [1, 0, 0, 0, 1, 0]
+        place = [0, float(number), 0] if number % 2 else [0, 0, float(number)]
+        write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=place, ImageOrientationPatient=turned)
+    items = find_images(tmp_path)
+    assert [[Path(path).stem for path in item["image"]] for item in items] == [["0", "2", "4"], ["1", "3", "5"]]
+
+
+def test_time_points_of_a_series_are_volumes_of_their_own_which_share_a_weight(tmp_path):
+    for number in range(6):
+        place = [0, 0, 3.0 * (number % 3)]
+        write_dicom(
+            tmp_path / f"{number}.dcm", "1.2.3", value=number, ImagePositionPatient=place, InstanceNumber=number
+        )
+    items = find_images(tmp_path)
+    assert [[Path(path).stem for path in item["image"]] for item in items] == [["0", "1", "2"], ["3", "4", "5"]]
+    assert [item["weight"] for item in items] == [3 / 4] * 2
+    assert items[1]["shape"] == [8, 6, 3]
+
+
+def test_the_frames_of_a_film_stand_for_themselves(tmp_path):
+    frames = np.arange(4 * 48, dtype=np.int16)
+    write_dicom(tmp_path / "a.dcm", "1.2.3", Modality="US", NumberOfFrames=4, PixelData=frames.tobytes())
+    (item,) = find_images(tmp_path)
+    assert (item["shape"], item["anisotropy"], "spacing" in item) == ([8, 6, 4], 5, False)
+    prepared = preset("ultrasound", tmp_path / "a.dcm")
+    assert prepared.shape == (1, 4, 6, 8)
+    assert spacing_of(prepared)[0] == pytest.approx(1e8)
 
 
 def test_files_of_a_series_without_places_are_an_image_each(tmp_path):

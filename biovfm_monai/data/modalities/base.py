@@ -23,6 +23,7 @@ from monai.transforms.utils import generate_spatial_bounding_box, get_largest_co
 from skimage.morphology import convex_hull_image, isotropic_dilation, isotropic_erosion
 from torch import Tensor
 
+from biovfm_monai.data.headers import APART
 from biovfm_monai.errors import InputError
 
 __all__ = [
@@ -74,7 +75,7 @@ class SlicesFirstd(MapTransform):
 
 
 class Resampled(MapTransform):
-    """Resample volumes, slices first, to a spacing in mm (depth, height, width); 2D images have none and stay.
+    """Resample volumes, slices first, to a spacing in mm (depth, height, width); 2D images and films stay.
 
     MONAI's own dictionary transform fails on samples with keys such as "image_id".
 
@@ -92,7 +93,7 @@ class Resampled(MapTransform):
         """Resample one sample's images."""
         sample = dict(data)
         for key in self.key_iterator(sample):
-            if sample[key].shape[1] > 1:
+            if sample[key].shape[1] > 1 and sample[key].pixdim[0] < APART:
                 sample[key] = self.resample(sample[key])
         return sample
 

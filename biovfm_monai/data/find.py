@@ -1,0 +1,254 @@
+"""Find the images on disk and describe each by its header; what cannot be used is named with the reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydicom
+from joblib import Parallel, delayed
+
+from biovfm_monai.anisotropy import anisotropy_of
+from biovfm_monai.data import modalities
+from biovfm_monai.data.dicom import (
+    DICOM,
+    dicom_header,
+    is_dicom,
+    is_image,
+    read_header,
+    sorted_slices,
+    volumes,
+)
+from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, Header, array_headers, header_of, suffix
+from biovfm_monai.data.medmnist import describe_archive
+from biovfm_monai.errors import InputError
+
+__all__ = ["Rejected", "describe", "endings", "find_images", "folder_modality", "require_modality", "survey"]
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+
+_NO_IMAGE = "no image"
+_MODALITY = {
+    "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "IO": "xray", "PX": "xray", "RF": "xray",
+    "RG": "xray", "XA": "xray", "MG": "mammography", "US": "ultrasound", "SM": "pathology", "GM": "microscopy",
+    "OP": "fundus", "OPT": "oct", "DMS": "dermoscopy", "XC": "dermoscopy", "ES": "endoscopy",
+}  # fmt: skip
+
+
+class Rejected(NamedTuple):
+    """A file, or the first one of a series, that is left out, and why."""
+
+    file: str
+    reason: str
+
+
+class _Findings:
+    """What a folder holds: items, and files left out."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.rejected: list[Rejected] = []
+        self.headers: dict[Path, pydicom.Dataset] = {}
+        self.instances: dict[str, Path] = {}
+
+    def attempt(self, file: Path, describe: Callable[[], Iterable[Item]]) -> None:
+        """Add what `describe` returns, or the file with the reason why it cannot."""
+        try:
+            self.items += describe()
+        except InputError as error:
+            self.rejected.append(Rejected(str(file), str(error)))
+
+
+def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
+    """Describe every image below a folder, or one file; DICOM files in one folder that are a volume's slices are one.
+
+    The "image" of such a volume is their folder, or, where several series share it, the list of the slices. Only
+    headers are read. Modality and patient come from a DICOM header (patients are numbered, their identifiers not kept),
+    the modality else from the nearest enclosing folder that is named after one.
+
+    Args:
+        folder: what is looked through.
+        modality: modality of every image, whatever headers and folders say.
+
+    Returns:
+        Dicts with "image", "modality", "shape" (voxels along x, y, z), "channels", "dtype", "anisotropy", and where
+        known "spacing" (mm along x, y, z), "subject", "label", "split", and "weight" where it is not 1.
+
+    Raises:
+        InputError: when a header cannot be read, or an image has no modality.
+    """
+    items, rejected = survey(folder)
+    broken = [one for one in rejected if one.reason != _NO_IMAGE]
+    if broken:
+        others = f" So are {len(broken) - 1} more: `biovfm index` lists them and goes on." if broken[1:] else ""
+        raise InputError(broken[0].reason + others)
+    if rejected:
+        logger.info("%s: left out %d file(s) that are no images", folder, len(rejected))
+    return require_modality(items, modality)
+
+
+def require_modality(items: list[Item], modality: str | None = None) -> list[Item]:
+    """Give all items a modality, or refuse those that have none.
+
+    Raises:
+        InputError: naming the first image without one.
+    """
+    for item in items:
+        item["modality"] = modality or item.get("modality")
+        if item["modality"] is None:
+            raise InputError(
+                f"{item['image']}: cannot tell the modality. Put the file into a folder named after it "
+                f"({', '.join(modalities.__all__)}), or give one --modality for all files."
+            )
+    return items
+
+
+def survey(folder: str | Path, num_workers: int = 1) -> tuple[list[Item], list[Rejected]]:
+    """Describe all that can be used below a folder, or one file, and name all the rest.
+
+    Args:
+        folder: what is looked through.
+        num_workers: processes that read headers.
+
+    Returns:
+        Items as from `find_images`, with "modality" None where it is not known, and the files left out.
+
+    Raises:
+        InputError: when the folder is not there.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if not folder.exists():
+        raise InputError(f"{folder}: no such file or folder. Correct the path.")
+    looks = (delayed(_look_into)(parent, files, folder) for parent, files in _files_by_folder(folder))
+    items: list[Item] = []
+    rejected: list[Rejected] = []
+    patients: dict[str, int] = {}
+    for found in Parallel(n_jobs=num_workers, return_as="generator")(looks):
+        for item in found.items:
+            if "patient" in item:
+                item["subject"] = f"patient-{patients.setdefault(item.pop('patient'), len(patients) + 1)}"
+        items += found.items
+        rejected += found.rejected
+    return items, rejected
+
+
+def describe(path: Path, root: Path) -> list[Item]:
+    """The items of one file that is not DICOM: one, or one per volume.
+
+    Raises:
+        InputError: when its header cannot be used.
+    """
+    if suffix(path) in ARRAYS:
+        return describe_archive(path, array_headers(path))
+    header = header_of(path)
+    names = [str(path)] if header.volumes == 1 else [f"{path}::{n}" for n in range(header.volumes)]
+    return [_item(name, folder_modality(path, root), header, header.volumes) for name in names]
+
+
+def endings() -> str:
+    """The endings of names of files that are looked at."""
+    return " ".join((*NIFTI, *VOLUME, *DICOM, *PHOTO, *TIFF, *ARRAYS))
+
+
+def folder_modality(path: Path, root: Path) -> str | None:
+    """The modality that the nearest enclosing folder, at most the root, is named after."""
+    for parent in path.parents:
+        if parent.name.lower() in modalities.__all__:
+            return parent.name.lower()
+        if parent == root:
+            break
+    return None
+
+
+def _item(image: str | list[str], modality: str | None, header: Header, alike: int = 1) -> Item:
+    """One item; of n images that are alike, such as time points, each has the weight (2n - 1) / n² of PUMIT."""
+    shape = [n for n, axis in zip(header.shape, "xyz", strict=False) if axis != "z" or n > 1]
+    item: Item = {"image": image, "modality": modality, "shape": shape}
+    item |= {"channels": header.channels, "dtype": header.dtype, "anisotropy": degree_of(shape, header.spacing)}
+    if header.spacing is not None:
+        item["spacing"] = header.spacing
+    if alike > 1:
+        item["weight"] = (2 * alike - 1) / alike**2
+    return item
+
+
+def degree_of(shape: list[int], spacing: list[float] | None) -> int:
+    """Degree of anisotropy of an image with these voxels, along x, y, z: that of its thickest axis.
+
+    Five without depth or without spacing, when each slice stands for itself.
+    """
+    if len(shape) < 3 or spacing is None:
+        return 5
+    *plane, thick = sorted(spacing)
+    return anisotropy_of([thick, plane[0], plane[0]])
+
+
+def _look_into(parent: Path, files: list[Path], root: Path) -> _Findings:
+    found = _Findings()
+    for path in files:
+        if suffix(path) == ".img":
+            continue
+        plain = suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS)
+        found.attempt(path, partial(describe, path, root) if plain else partial(_gather, path, found))
+    groups = volumes(found.headers)
+    for times in groups:
+        for slices in times:
+            whole = parent if len(groups) == len(times) == 1 and len(slices) > 1 else None
+            headers = {path: found.headers[path] for path in slices}
+            found.attempt(whole or slices[0], partial(_describe_dicom, whole, headers, root, len(times)))
+    return found
+
+
+def _gather(path: Path, found: _Findings) -> list[Item]:
+    """Take up the header of a DICOM image; what is none, and a copy, is left out."""
+    try:
+        header = read_header(path) if is_dicom(path) else None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}). Change its rights, or remove it.") from error
+    if header is None or not is_image(header):
+        found.rejected.append(Rejected(str(path), _NO_IMAGE))
+        return []
+    instance = str(header.get("SOPInstanceUID") or path)
+    first = found.instances.setdefault(instance, path)
+    if first == path:
+        found.headers[path] = header
+    else:
+        found.rejected.append(Rejected(str(path), f"{path}: the same instance as {first.name}. Remove one of them."))
+    return []
+
+
+def _describe_dicom(whole: Path | None, headers: dict[Path, pydicom.Dataset], root: Path, alike: int) -> list[Item]:
+    """The one item of a volume's slices, or of one file; `whole` is their folder if it holds nothing else."""
+    slices = [*headers]
+    distance = None
+    if len(slices) > 1:
+        slices, distance = sorted_slices(headers)
+    first = headers[slices[0]]
+    header = dicom_header(slices[0], first)
+    if distance is not None and header.spacing is not None:
+        plane = header.spacing[:2]
+        header = header._replace(shape=(*header.shape[:2], len(slices)), spacing=[*plane, distance])
+    modality = _MODALITY.get(str(first.get("Modality", ""))) or folder_modality(slices[0], root)
+    image = str(whole or slices[0]) if whole or len(slices) == 1 else [str(path) for path in slices]
+    patient = {"patient": str(first.PatientID)} if first.get("PatientID") else {}
+    return [_item(image, modality, header, alike) | patient]
+
+
+def _files_by_folder(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Files of each folder below a root, links followed, nothing visited twice and nothing hidden."""
+    if root.is_file():
+        yield root.parent, [root]
+        return
+    seen: set[Path] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = Path(parent).resolve()
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield Path(parent), sorted(Path(parent) / name for name in files if not name.startswith("."))
+        seen.add(real)

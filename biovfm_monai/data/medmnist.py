@@ -1,0 +1,59 @@
+"""MedMNIST's archives: images, labels and the official split in one .npz file (https://doi.org/10.1038/s41597-022-01721-8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biovfm_monai.data.headers import is_colour, readable
+from biovfm_monai.errors import InputError
+
+__all__ = ["describe_archive"]
+
+_SPLITS = {"train": "training", "val": "validation", "test": "test"}
+_MODALITY = {
+    "path": "pathology", "chest": "xray", "derma": "dermoscopy", "oct": "oct", "pneumonia": "xray", "retina": "fundus",
+    "breast": "ultrasound", "blood": "microscopy", "tissue": "microscopy", "organ": "ct", "nodule": "ct",
+    "adrenal": "ct", "fracture": "ct", "vessel": "mri", "synapse": "microscopy",
+}  # fmt: skip
+
+
+def describe_archive(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> list[dict[str, Any]]:
+    """One item per image, with its label and split; the modality is that of the dataset's name.
+
+    Args:
+        path: of the archive.
+        arrays: shapes and types of what is in it.
+
+    Raises:
+        InputError: when it is no archive of MedMNIST's form.
+    """
+    images = {name: of for name in _SPLITS if (of := arrays.get(f"{name}_images"))}
+    if not images:
+        raise InputError(f"{path}: holds no array train_images, as MedMNIST has it. Save its images as files.")
+    name = path.name.lower().partition("mnist")[0]
+    modality = next((modality for known, modality in _MODALITY.items() if name.startswith(known)), None)
+    items = []
+    for split, (shape, dtype) in images.items():
+        if len(shape) not in (3, 4) or dtype.kind not in "uif":
+            raise InputError(f"{path}: {split}_images of {dtype} {shape} are no images. Save each as a file.")
+        colour = is_colour(shape[1:])
+        size = [int(n) for n in (shape[2:0:-1] if colour else shape[:0:-1])]
+        labels = _labels(path, f"{split}_labels", shape[0]) if f"{split}_labels" in arrays else None
+        for number in range(shape[0]):
+            item = {
+                "image": f"{path}::{split}_images::{number}", "modality": modality, "shape": size,
+                "channels": shape[-1] if colour else 1, "dtype": str(dtype), "anisotropy": 5 if len(size) == 2 else 0,
+                "split": _SPLITS[split],
+            }  # fmt: skip
+            items.append(item if labels is None else item | {"label": labels[number]})
+    return items
+
+
+def _labels(path: Path, name: str, count: int) -> list[Any]:
+    with readable(path, "labels cannot be read"), np.load(path, allow_pickle=False) as arrays:
+        labels = np.asarray(arrays[name]).reshape(count, -1)
+    return list(labels[:, 0].tolist() if labels.shape[1] == 1 else labels.tolist())
