@@ -25,6 +25,39 @@ def quickstart(folder: str = "biovfm_quickstart", **options: Any) -> str:
     return run(folder, options)
 
 
+def index(
+    *paths: str,
+    out: str = "datalist.json",
+    modality: str | None = None,
+    settings: Any = None,
+    validation: float = 0.0,
+    test: float = 0.0,
+    seed: int = 0,
+    salt: str | None = None,
+    num_workers: int = 1,
+) -> str:
+    r"""Describe all images below folders in one datalist, with rejected.csv and thumbnails.png beside it.
+
+    Args:
+        *paths: folders, image files, datalists (.json), or tables with a column "image" (.csv).
+        out: .json or .parquet file to write.
+        modality: of the images that neither a header nor a folder's name gives one.
+        settings: fields by regular expression of the path, such as "{'(P[0-9]+)_t2':{'subject':'\1'}}";
+            None leaves images out, as in "{'_mask':None}".
+        validation: share of the subjects that are for validation.
+        test: share of the subjects that are for testing.
+        seed: of that split.
+        salt: secret word, to give a patient the same subject in other datalists, too.
+        num_workers: processes that read headers.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("paths", "out")}
+    from biovfm_monai.data import index as run  # noqa: PLC0415
+
+    if not paths:
+        raise InputError("name at least one folder or file.")
+    return run([str(path) for path in paths], str(out), **options | {"salt": None if salt is None else str(salt)})
+
+
 def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str | None = None) -> str:
     """Write one vector per image, for image files and for all images below folders.
 
@@ -136,6 +169,7 @@ def main() -> None:
     fire.Fire(
         {
             "quickstart": quickstart,
+            "index": index,
             "embed": embed,
             "info": info,
             "bundle": bundle,

@@ -3,6 +3,7 @@
 from biovfm_monai.data.crops import RandomCropDataset
 from biovfm_monai.data.datalist import load_datalist
 from biovfm_monai.data.find import find_images
+from biovfm_monai.data.index import index
 from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.preprocessing import (
     ByModalityd,
@@ -19,6 +20,6 @@ from biovfm_monai.data.views import RandomResizedCrop
 
 __all__ = [
     "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture", "RandomCropDataset",
-    "RandomResizedCrop", "ReadImaged", "RequireSized", "encoder_transform", "find_images", "load_datalist",
+    "RandomResizedCrop", "ReadImaged", "RequireSized", "encoder_transform", "find_images", "index", "load_datalist",
     "read_image", "sample_datalist", "subset", "training_transform", "write_samples",
 ]  # fmt: skip

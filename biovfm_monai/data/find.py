@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,18 @@ from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, Header
 from biovfm_monai.data.medmnist import describe_archive
 from biovfm_monai.errors import InputError
 
-__all__ = ["Rejected", "describe", "endings", "find_images", "folder_modality", "require_modality", "survey"]
+__all__ = [
+    "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "folder_modality", "hashed", "require_modality",
+    "survey",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
-_NO_IMAGE = "no image"
+NO_IMAGE = "no image"
+"""The reason why a file that is none is left out."""
+
 _MODALITY = {
     "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "IO": "xray", "PX": "xray", "RF": "xray",
     "RG": "xray", "XA": "xray", "MG": "mammography", "US": "ultrasound", "SM": "pathology", "GM": "microscopy",
@@ -48,21 +53,11 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class _Findings:
-    """What a folder holds: items, and files left out."""
+class Findings(NamedTuple):
+    """What a folder holds: items, and the files left out."""
 
-    def __init__(self) -> None:
-        self.items: list[Item] = []
-        self.rejected: list[Rejected] = []
-        self.headers: dict[Path, pydicom.Dataset] = {}
-        self.instances: dict[str, Path] = {}
-
-    def attempt(self, file: Path, describe: Callable[[], Iterable[Item]]) -> None:
-        """Add what `describe` returns, or the file with the reason why it cannot."""
-        try:
-            self.items += describe()
-        except InputError as error:
-            self.rejected.append(Rejected(str(file), str(error)))
+    items: list[Item]
+    rejected: list[Rejected]
 
 
 def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
@@ -83,8 +78,12 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
     Raises:
         InputError: when a header cannot be read, or an image has no modality.
     """
-    items, rejected = survey(folder)
-    broken = [one for one in rejected if one.reason != _NO_IMAGE]
+    items: list[Item] = []
+    rejected: list[Rejected] = []
+    for found in survey(folder):
+        items += found.items
+        rejected += found.rejected
+    broken = [one for one in rejected if one.reason != NO_IMAGE]
     if broken:
         others = f" So are {len(broken) - 1} more: `biovfm index` lists them and goes on." if broken[1:] else ""
         raise InputError(broken[0].reason + others)
@@ -109,11 +108,13 @@ def require_modality(items: list[Item], modality: str | None = None) -> list[Ite
     return items
 
 
-def survey(folder: str | Path, num_workers: int = 1) -> tuple[list[Item], list[Rejected]]:
-    """Describe all that can be used below a folder, or one file, and name all the rest.
+def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) -> Iterator[Findings]:
+    """Describe all that can be used below a folder, or one file, and name all the rest, one folder after the other.
 
     Args:
         folder: what is looked through.
+        salt: makes of a patient's identifier the subject's name, one that cannot be turned back without the salt; None
+            to number the patients.
         num_workers: processes that read headers.
 
     Returns:
@@ -126,24 +127,29 @@ def survey(folder: str | Path, num_workers: int = 1) -> tuple[list[Item], list[R
     if not folder.exists():
         raise InputError(f"{folder}: no such file or folder. Correct the path.")
     looks = (delayed(_look_into)(parent, files, folder) for parent, files in _files_by_folder(folder))
-    items: list[Item] = []
-    rejected: list[Rejected] = []
     patients: dict[str, int] = {}
     for found in Parallel(n_jobs=num_workers, return_as="generator")(looks):
         for item in found.items:
             if "patient" in item:
-                item["subject"] = f"patient-{patients.setdefault(item.pop('patient'), len(patients) + 1)}"
-        items += found.items
-        rejected += found.rejected
-    return items, rejected
+                patient = item.pop("patient")
+                number = patients.setdefault(patient, len(patients) + 1)
+                item["subject"] = f"patient-{number}" if salt is None else hashed(patient, salt)
+        yield found
 
 
-def describe(path: Path, root: Path) -> list[Item]:
+def hashed(name: str, salt: str) -> str:
+    """A name that stands for another one and cannot be turned back without the salt (BLAKE2b)."""
+    return blake2b(name.encode(), key=blake2b(salt.encode()).digest(), digest_size=8).hexdigest()
+
+
+def _describe(path: Path, root: Path) -> list[Item]:
     """The items of one file that is not DICOM: one, or one per volume.
 
     Raises:
         InputError: when its header cannot be used.
     """
+    if suffix(path) == ".img":
+        return []  # the voxels of an .hdr file
     if suffix(path) in ARRAYS:
         return describe_archive(path, array_headers(path))
     header = header_of(path)
@@ -170,7 +176,7 @@ def _item(image: str | list[str], modality: str | None, header: Header, alike: i
     """One item; of n images that are alike, such as time points, each has the weight (2n - 1) / n² of PUMIT."""
     shape = [n for n, axis in zip(header.shape, "xyz", strict=False) if axis != "z" or n > 1]
     item: Item = {"image": image, "modality": modality, "shape": shape}
-    item |= {"channels": header.channels, "dtype": header.dtype, "anisotropy": degree_of(shape, header.spacing)}
+    item |= {"channels": header.channels, "dtype": header.dtype, "anisotropy": _degree(shape, header.spacing)}
     if header.spacing is not None:
         item["spacing"] = header.spacing
     if alike > 1:
@@ -178,7 +184,7 @@ def _item(image: str | list[str], modality: str | None, header: Header, alike: i
     return item
 
 
-def degree_of(shape: list[int], spacing: list[float] | None) -> int:
+def _degree(shape: list[int], spacing: list[float] | None) -> int:
     """Degree of anisotropy of an image with these voxels, along x, y, z: that of its thickest axis.
 
     Five without depth or without spacing, when each slice stands for itself.
@@ -189,38 +195,46 @@ def degree_of(shape: list[int], spacing: list[float] | None) -> int:
     return anisotropy_of([thick, plane[0], plane[0]])
 
 
-def _look_into(parent: Path, files: list[Path], root: Path) -> _Findings:
-    found = _Findings()
+def _look_into(parent: Path, files: list[Path], root: Path) -> Findings:
+    found = Findings([], [])
+    headers: dict[Path, pydicom.Dataset] = {}
+    instances: dict[str, Path] = {}
+
+    def attempt(file: Path, call: Callable[..., Iterable[Item]], *arguments: Any) -> None:
+        try:
+            found.items.extend(call(*arguments))
+        except InputError as error:
+            found.rejected.append(Rejected(str(file), str(error)))
+
     for path in files:
-        if suffix(path) == ".img":
-            continue
-        plain = suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS)
-        found.attempt(path, partial(describe, path, root) if plain else partial(_gather, path, found))
-    groups = volumes(found.headers)
+        if suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS):
+            attempt(path, _describe, path, root)
+        elif reason := _gather(path, headers, instances):
+            found.rejected.append(Rejected(str(path), reason))
+    groups = volumes(headers)
     for times in groups:
         for slices in times:
             whole = parent if len(groups) == len(times) == 1 and len(slices) > 1 else None
-            headers = {path: found.headers[path] for path in slices}
-            found.attempt(whole or slices[0], partial(_describe_dicom, whole, headers, root, len(times)))
+            chosen = {path: headers[path] for path in slices}
+            attempt(whole or slices[0], _describe_dicom, whole, chosen, root, len(times))
     return found
 
 
-def _gather(path: Path, found: _Findings) -> list[Item]:
-    """Take up the header of a DICOM image; what is none, and a copy, is left out."""
+def _gather(path: Path, headers: dict[Path, pydicom.Dataset], instances: dict[str, Path]) -> str | None:
+    """Take up the header of a DICOM image, or say why the file is left out."""
     try:
         header = read_header(path) if is_dicom(path) else None
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}). Change its rights, or remove it.") from error
+        return f"{path}: cannot be opened ({error.strerror}). Change its rights, or remove it."
+    except InputError as error:
+        return str(error)
     if header is None or not is_image(header):
-        found.rejected.append(Rejected(str(path), _NO_IMAGE))
-        return []
-    instance = str(header.get("SOPInstanceUID") or path)
-    first = found.instances.setdefault(instance, path)
-    if first == path:
-        found.headers[path] = header
-    else:
-        found.rejected.append(Rejected(str(path), f"{path}: the same instance as {first.name}. Remove one of them."))
-    return []
+        return NO_IMAGE
+    first = instances.setdefault(str(header.get("SOPInstanceUID") or path), path)
+    if first != path:
+        return f"{path}: the same instance as {first.name}. Remove one of them."
+    headers[path] = header
+    return None
 
 
 def _describe_dicom(whole: Path | None, headers: dict[Path, pydicom.Dataset], root: Path, alike: int) -> list[Item]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from ignite.engine import Events
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,11 +16,11 @@ from biovfm_monai import distributed
 from biovfm_monai.data import RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.files import write_atomically
+from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["ReconstructionHandler"]
 
 _SEARCH = 64
-_MARGIN, _HEADING, _WIDTH = 4, 16, 192
 
 
 class Reconstructs(Protocol):
@@ -82,8 +81,16 @@ class ReconstructionHandler:
             image = self.views.apply(crops, self.views.still(crops))
             self.method.eval()
             masked, filled = self.method.reconstruct({"image": image})
-        columns = [_middle_slice(t * self.views.std + self.views.mean) for t in (_as_volume(image), masked, filled)]
-        picture = _grid(columns, [s["modality"] for s in samples])
+        pictures = [
+            [middle_slice(one * self.views.std + self.views.mean) for one in _as_volume(images)]
+            for images in (image, masked, filled)
+        ]
+        picture = draw_sheet(
+            [
+                list(zip((f"{sample['modality']}: image", "masked", "reconstructed"), row, strict=True))
+                for sample, *row in zip(samples, *pictures, strict=True)
+            ]
+        )
         with write_atomically(self.path) as draft:
             Image.fromarray(picture).save(draft, format="PNG")
         if self.summary_writer is not None:
@@ -102,25 +109,3 @@ class ReconstructionHandler:
 
 def _as_volume(image: Tensor) -> Tensor:
     return image.unsqueeze(2) if image.ndim == 4 else image
-
-
-def _middle_slice(image: Tensor) -> np.ndarray:
-    """B x C x D x H x W in [0, 1] to B x H x W x 3, 8 bit."""
-    plane = image[:, :, image.shape[2] // 2].clamp(0, 1).cpu().permute(0, 2, 3, 1)
-    colours = plane[..., :3] if plane.shape[-1] >= 3 else plane[..., :1].expand(*plane.shape[:3], 3)
-    return (colours.numpy() * 255).round().astype(np.uint8)
-
-
-def _grid(columns: list[np.ndarray], names: list[str]) -> np.ndarray:
-    tile = _WIDTH + _MARGIN
-    sheet = Image.new("RGB", (len(columns) * tile + _MARGIN, len(names) * (tile + _HEADING) + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        top = row * (tile + _HEADING)
-        for column, (title, images) in enumerate(zip(("image", "masked", "reconstructed"), columns, strict=True)):
-            left = column * tile + _MARGIN
-            draw.text((left, top + 2), f"{name}: {title}" if column == 0 else title, fill="black")
-            sheet.paste(
-                Image.fromarray(images[row]).resize((_WIDTH, _WIDTH), Image.Resampling.NEAREST), (left, top + _HEADING)
-            )
-    return np.asarray(sheet)

@@ -33,7 +33,7 @@ from biovfm_monai.errors import InputError
     [
         ("{", "no valid JSON .*Correct"),
         ('{"validation": [], "test": []}', "no list 'training', but validation, test"),
-        ("[]", "no list 'training'"),
+        ("[]", "has no sections"),
         ('{"training": []}', "no image found for 'training'"),
         ('{"training": [{"image": "a.png", "modality": "ct"}, {"label": 1}]}', "item 1 of 'training' has no \"image\""),
         ('{"training": [{"image": "a.png"}]}', "a.png: cannot tell the modality.*--modality"),
@@ -183,9 +183,9 @@ def test_slices_that_make_no_regular_volume_are_refused(tmp_path, places, direct
 def test_a_series_that_makes_no_regular_volume_is_set_aside_by_name(tmp_path, places):
     for number, place in enumerate(places):
         write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=[0, 0, place])
-    items, rejected = survey(tmp_path)
-    assert items == []
-    (one,) = rejected
+    (found,) = survey(tmp_path)
+    assert found.items == []
+    (one,) = found.rejected
     assert one.file == str(tmp_path)
     with pytest.raises(InputError) as caught:
         find_images(tmp_path)
@@ -315,7 +315,7 @@ def test_no_test_crop_comes_from_a_slice_within_two_of_a_training_slab(tmp_path,
     assert not all(bright.values())
 
 
-@pytest.mark.parametrize("content", ['{"training": 3}', '{"training": [{"image": 7}]}', '{"training": ["a.png"]}'])
+@pytest.mark.parametrize("content", ['{"training": 3}', '{"training": [{"image": 7}]}', '{"training": [7]}'])
 def test_a_datalist_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "datalist.json").write_text(content)
     with pytest.raises(InputError, match=r"datalist\.json: "):
