@@ -58,6 +58,35 @@ def index(
     return run([str(path) for path in paths], str(out), **options | {"salt": None if salt is None else str(salt)})
 
 
+def pack(
+    datalist: str,
+    out: str,
+    spacing: Any = None,
+    presets: Any = None,
+    modality: str | None = None,
+    exclude_benchmark: Any = (),
+    salt: str | None = None,
+    num_workers: int = -1,
+) -> str:
+    """Read, prepare and store every image of a datalist; stopped at any moment, the same command goes on.
+
+    Args:
+        datalist: .json or .parquet file, or a folder of images.
+        out: folder of the store, which can then be a --dataset_dir.
+        spacing: mm along depth, height and width to resample volumes to, such as [2,1,1].
+        presets: options of the modalities' presets, such as "{'ct':{'window':'lung'}}".
+        modality: of every image of a folder.
+        exclude_benchmark: stores of evaluation sets, images of which are left out and listed.
+        salt: secret word, to give a subject the same name in other stores, too.
+        num_workers: processes; -1 for all cores.
+    """
+    from biovfm_monai.data import pack as run  # noqa: PLC0415
+
+    benchmarks = [exclude_benchmark] if isinstance(exclude_benchmark, str) else exclude_benchmark
+    salt = None if salt is None else str(salt)
+    return run(str(datalist), str(out), spacing, presets, modality, [str(b) for b in benchmarks], salt, num_workers)
+
+
 def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str | None = None) -> str:
     """Write one vector per image, for image files and for all images below folders.
 
@@ -170,6 +199,7 @@ def main() -> None:
         {
             "quickstart": quickstart,
             "index": index,
+            "pack": pack,
             "embed": embed,
             "info": info,
             "bundle": bundle,

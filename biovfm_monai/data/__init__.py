@@ -5,21 +5,22 @@ from biovfm_monai.data.datalist import load_datalist
 from biovfm_monai.data.find import find_images
 from biovfm_monai.data.index import index
 from biovfm_monai.data.mixture import Labels, Mixture, subset
+from biovfm_monai.data.pack import pack
 from biovfm_monai.data.preprocessing import (
     ByModalityd,
     FitSized,
     MatchChannelsd,
-    RequireSized,
     encoder_transform,
     training_transform,
 )
 from biovfm_monai.data.reading import ReadImaged, read_image
 from biovfm_monai.data.samples import sample_datalist, write_samples
 from biovfm_monai.data.sampling import GlobalBatchSampler
+from biovfm_monai.data.store import Store
 from biovfm_monai.data.views import RandomResizedCrop
 
 __all__ = [
     "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture", "RandomCropDataset",
-    "RandomResizedCrop", "ReadImaged", "RequireSized", "encoder_transform", "find_images", "index", "load_datalist",
+    "RandomResizedCrop", "ReadImaged", "Store", "encoder_transform", "find_images", "index", "load_datalist", "pack",
     "read_image", "sample_datalist", "subset", "training_transform", "write_samples",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""Random crops of cached images, each a pure function of its number."""
+"""Random crops of images in memory or in a store, each a pure function of its number."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.dummy import DummyProcess
@@ -9,42 +10,64 @@ from typing import Any
 
 import numpy as np
 from monai.data import CacheDataset, MetaTensor
+from monai.transforms import Compose, Transform
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from biovfm_monai.data.mixture import Labels, Mixture, subset
-from biovfm_monai.data.preprocessing import as_volume_size
+from biovfm_monai.data.preprocessing import degree_of, source_of
+from biovfm_monai.data.store import Store
 from biovfm_monai.errors import InputError
 
-__all__ = ["RandomCropDataset"]
+__all__ = ["RandomCropDataset", "crop_of_degree"]
 
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1024
 
 
-def _wait_for_readers() -> None:
-    """After a bad file MONAI leaves its other threads at work, and torch aborts a process that ends meanwhile."""
-    for thread in threading.enumerate():
-        if isinstance(thread, DummyProcess):
-            thread.join(timeout=60)
+def crop_of_degree(crop_size: Sequence[int], degree: int) -> tuple[int, int, int]:
+    """Voxels along depth, height and width of a crop that shows as much of thick slices as `crop_size` of thin ones.
+
+    Args:
+        crop_size: (height, width) for one slice, or (depth, height, width) of isotropic volumes.
+        degree: of anisotropy: each one halves the depth, and at 5 a crop is one slice.
+
+    Raises:
+        InputError: when crop_size is no two or three positive numbers.
+    """
+    if isinstance(crop_size, int) or len(crop_size) not in (2, 3) or min(crop_size) < 1:
+        raise InputError(f"crop_size {crop_size} must be two or three positive numbers. Give one such as [96,96].")
+    *depth, height, width = crop_size
+    return (max(depth[0] >> degree, 1) if depth and degree < 5 else 1), height, width
 
 
 class RandomCropDataset(Dataset[dict[str, Any]]):
     """An endless stream of crops: crop number n depends on the seed and on n only.
 
-    Every image gives one crop per pass, in an order of the pass's own, unless sources are weighed (`Mixture`).
+    Every image gives one crop per pass, in an order of the pass's own, unless sources are weighed or images are nearly
+    the same (`Mixture`). With a crop_size of three numbers images of all degrees of anisotropy are mixed, as in PUMIT
+    (https://github.com/function2-llx/PUMIT): a batch has one degree and one shape, thick slices are cut to fewer, and
+    2D images to one.
 
     Args:
-        data: datalist items.
+        data: datalist items, or a `Store`, of which only what a crop shows is read.
         transform: deterministic, item to sample with "image" C x depth x height x width; its results stay in memory.
-        crop_size: (height, width), cut from one slice, or (depth, height, width).
+        crop_size: (height, width), cut from one slice, or (depth, height, width) of isotropic volumes.
         seed: of the order and of the crops' places.
         cache_rate: share of the images that is kept in memory; the others are read again for every crop.
         num_workers: threads that fill the memory.
         fraction: share of each source's images that is used, as in `subset`.
+        zoom: least and largest number of the image's voxels per voxel of a crop, along each axis, between which one is
+            drawn for each crop, evenly by its logarithm; at most what the image holds.
+        batch_size: crops that share a degree of anisotropy, when crop_size has three numbers.
         **mixing: temperature, source_weights and modality_weights of `Mixture`.
 
     Raises:
-        InputError: when there is no item, or a weight or share means nothing.
+        InputError: when there is no item, an image is too small, or a size, weight or share means nothing. Images of a
+            store that are too small are left out, with a warning.
     """
 
     def __init__(
@@ -56,44 +79,143 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         cache_rate: float = 1.0,
         num_workers: int = 2,
         fraction: float = 1.0,
+        zoom: tuple[float, float] = (1.0, 1.0),
+        batch_size: int = 1,
         **mixing: Any,
     ) -> None:
-        if not data:
+        crop_of_degree(crop_size, 0)
+        if not len(data):
             raise InputError("the datalist is empty. Give a --dataset_dir that holds images.")
+        if len(zoom) != 2 or not 0 < zoom[0] <= zoom[1]:
+            raise InputError(f"zoom {zoom} must be two numbers above 0, the lower one first. Give such as [0.75,2].")
+        self.crop_size, self.zoom, self.seed = tuple(crop_size), tuple(zoom), seed
+        self.volumes = len(crop_size) == 3
+        self.images: Any
+        self._transform: Callable[[Any], Any] | None
+        if isinstance(data, Store):
+            self.images, self._transform = data, transform
+            self._degrees: NDArray[Any] = data.degree if self.volumes else np.full(len(data), 5, dtype=np.int8)
+            source, modality, alike = data.labels("source"), data.labels("modality"), data.alike
+            rows = np.flatnonzero(self._fitting(data))
+        else:
+            checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])])
+            self.images, self._transform = _cached(data, checked, cache_rate, num_workers), None
+            self._degrees = np.full(len(data), 5, dtype=np.int8)
+            if self.volumes:
+                self._degrees[:] = [degree_of(sample["image"]) for sample in self.images]
+            source, modality = _column(data, "source"), _column(data, "modality")
+            alike = np.array([item.get("alike", 1) for item in data], dtype=np.int32)
+            rows = np.arange(len(data))
         if fraction != 1:
-            kept = subset(_column(data, "source"), fraction, seed)
-            data = [item for item, keep in zip(data, kept, strict=True) if keep]
-        self._mixture = Mixture(_column(data, "source"), _column(data, "modality"), seed=seed, **mixing)
+            kept = subset(Labels(source.codes[rows], source.names), fraction, seed)
+            rows = rows[kept]
+        self._rows = rows
+        self._mixture = Mixture(
+            Labels(source.codes[rows], source.names), Labels(modality.codes[rows], modality.names),
+            bucket=Labels(self._degrees[rows], [str(degree) for degree in range(6)]) if self.volumes else None,
+            alike=alike[rows], batch_size=batch_size if self.volumes else 1, seed=seed, **mixing,
+        )  # fmt: skip
         self._drawn = (-1, np.empty(0, dtype=np.int64))
-        try:
-            self.images = CacheDataset(
-                data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
-                as_contiguous=False,  # grey images shown as colour are in memory once
-            )  # fmt: skip
-        finally:
-            _wait_for_readers()
-        self.crop_size = as_volume_size(crop_size)
-        self.seed = seed
 
     def __len__(self) -> int:
         """Images, that is crops per pass; numbers beyond it go on with the next pass."""
-        return len(self.images)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Crop of the given number: {"image": C x crop, "modality": name}."""
-        sample = self.images[self._image(number)]
-        image = sample["image"]
-        room = [n - c + 1 for n, c in zip(image.shape[1:], self.crop_size, strict=True)]
-        start = np.random.default_rng((self.seed, number, 1)).integers(room)
-        d, h, w = (slice(int(s), int(s) + c) for s, c in zip(start, self.crop_size, strict=True))
-        image = image.as_tensor() if isinstance(image, MetaTensor) else image
-        return {"image": image[:, d, h, w], "modality": sample["modality"]}
+        """Crop of the given number: {"image": C x crop, "modality": name}, and of volumes their "anisotropy"."""
+        row = self._row(number)
+        sample = self.images[row]
+        degree = int(self._degrees[row])
+        crop = self._cut(sample["image"], degree, np.random.default_rng((self.seed, number, 1)))
+        if self._transform is not None:
+            crop = self._transform({**sample, "image": crop})["image"]
+        result = {"image": crop, "modality": sample["modality"]}
+        return result | {"anisotropy": degree} if self.volumes else result
 
-    def _image(self, number: int) -> int:
+    def _cut(self, image: Any, degree: int, generator: np.random.Generator) -> Tensor:
+        """Cut a box of a drawn size at a drawn place, and resample it to the crop's size."""
+        target, size = np.array(crop_of_degree(self.crop_size, degree)), np.array(image.shape[1:])
+        box = target if self.zoom == (1, 1) else self._drawn_box(target, size, generator)
+        start = generator.integers(size - box + 1)
+        d, h, w = (slice(int(s), int(s) + int(n)) for s, n in zip(start, box, strict=True))
+        crop = image[:, d, h, w]
+        crop = crop.as_tensor() if isinstance(crop, MetaTensor) else crop
+        return crop if (box == target).all() else _resampled(crop, target)
+
+    def _drawn_box(
+        self, target: NDArray[np.int64], size: NDArray[np.int64], generator: np.random.Generator
+    ) -> NDArray[np.int64]:
+        scaled = target > 1
+        low, high = self.zoom
+        drawn = generator.uniform(np.log(low), np.log(max(min(high, float((size / target)[scaled].min())), low)))
+        return np.where(scaled, np.clip(np.rint(target * np.exp(drawn)), 1, size), 1).astype(np.int64)
+
+    def _row(self, number: int) -> int:
         block, place = divmod(number, _BLOCK)
         if self._drawn[0] != block:
-            self._drawn = (block, self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK)))
+            self._drawn = (block, self._rows[self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))])
         return int(self._drawn[1][place])
+
+    def _fitting(self, store: Store) -> NDArray[np.bool_]:
+        """Which images of a store are large enough."""
+        fits = np.zeros(len(store), dtype=bool)
+        for degree in np.unique(self._degrees):
+            fits |= (self._degrees == degree) & store.at_least(_least(self.crop_size, degree, self.zoom[0]))
+        if not fits.all():
+            logger.warning(
+                "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~fits).sum(),
+                len(fits), " x ".join(map(str, self.crop_size)),
+            )  # fmt: skip
+        return fits
+
+
+def _cached(
+    data: Sequence[dict[str, Any]], transform: Callable[[Any], Any], cache_rate: float, num_workers: int
+) -> CacheDataset:
+    try:
+        return CacheDataset(
+            data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
+            as_contiguous=False,  # grey images shown as colour are in memory once
+        )  # fmt: skip
+    finally:
+        _wait_for_readers()
+
+
+def _wait_for_readers() -> None:
+    """After a bad file MONAI leaves its other threads at work, and torch aborts a process that ends meanwhile."""
+    for thread in threading.enumerate():
+        if isinstance(thread, DummyProcess):
+            thread.join(timeout=60)
+
+
+def _resampled(crop: Tensor, target: NDArray[np.int64]) -> Tensor:
+    smaller = all(n <= m for n, m in zip(target.tolist(), crop.shape[1:], strict=True))
+    way: dict[str, Any] = {"mode": "area"} if smaller else {"mode": "trilinear", "align_corners": False}
+    return F.interpolate(crop[None].float(), target.tolist(), **way)[0].to(crop.dtype)
+
+
+def _least(crop_size: Sequence[int], degree: int, zoom: float) -> NDArray[np.int64]:
+    """The smallest depth, height and width of an image that a crop can be cut from."""
+    target = np.array(crop_of_degree(crop_size, degree))
+    return np.where(target > 1, np.rint(target * zoom), 1).astype(np.int64)
+
+
+class _LargeEnough(Transform):
+    """Refuses a sample that no crop can be cut from."""
+
+    def __init__(self, crop_size: Sequence[int], zoom: float) -> None:
+        self.crop_size, self.zoom = crop_size, zoom
+
+    def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        image = sample["image"]
+        least = _least(self.crop_size, degree_of(image), self.zoom).tolist()
+        if any(n < needed for n, needed in zip(image.shape[1:], least, strict=True)):
+            size, needed = (" x ".join(str(n) for n in of) for of in (image.shape[1:], least))
+            raise InputError(
+                f"{source_of(image)}: size {size} is smaller than the crop {needed}. Remove the file, or give a "
+                "smaller --crop_size."
+            )
+        return sample
 
 
 def _column(data: Sequence[Mapping[str, Any]], key: str) -> Labels:

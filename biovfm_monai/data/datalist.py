@@ -6,7 +6,7 @@ Format of the JSON: https://github.com/Project-MONAI/tutorials/blob/main/auto3ds
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from biovfm_monai.data.find import endings, find_images, folder_modality, require_modality
 from biovfm_monai.data.headers import readable
+from biovfm_monai.data.store import Store, is_store
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 
@@ -27,7 +28,7 @@ FIELDS = pa.schema(
     {
         "image": pa.list_(pa.string()), "modality": pa.string(), "shape": pa.list_(pa.int32()), "channels": pa.int16(),
         "dtype": pa.string(), "spacing": pa.list_(pa.float64()), "anisotropy": pa.int8(), "source": pa.string(),
-        "subject": pa.string(), "split": pa.string(), "weight": pa.float64(), "label": pa.string(),
+        "subject": pa.string(), "split": pa.string(), "alike": pa.int32(), "label": pa.string(),
     }
 )  # fmt: skip
 """The fields of an item, as a table has them: an image is one file or those of its slices, a label is JSON."""
@@ -37,17 +38,17 @@ _ROWS = 65536
 
 def load_datalist(
     dataset_dir: str | Path, section: str = "training", modality: str | None = None
-) -> list[dict[str, Any]]:
-    """Items of a dataset folder: those of its datalist.json or .parquet, or else all images found below it.
+) -> Sequence[dict[str, Any]]:
+    """Items of a dataset folder: a store's, those of its datalist.json or .parquet, or else all images found below it.
 
     Args:
-        dataset_dir: folder with images, or with a datalist whose paths are relative to it.
+        dataset_dir: store, or folder with images, or with a datalist whose paths are relative to it.
         section: which list of the datalist; images found without one are all "training", unless they say otherwise.
         modality: modality of every item, whatever headers and folders say.
 
     Returns:
         Dicts with "image" (absolute path, or those of a volume's slices), "modality", and "spacing", "subject",
-        "source", "label" where known.
+        "source", "label" where known; of a store itself a `Store`.
 
     Raises:
         InputError: when the folder is missing or empty, or an item has no file or no modality.
@@ -55,6 +56,10 @@ def load_datalist(
     folder = Path(dataset_dir).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")
+    if is_store(folder):
+        if modality is not None:
+            raise InputError(f"{folder}: a store says the modality of each image. Leave --modality out.")
+        return Store(folder, section)
     path = next((path for path in (folder / DATALIST, folder / "datalist.parquet") if path.is_file()), None)
     if path is not None:
         items = require_modality(read_datalist(path, section)[section], modality)

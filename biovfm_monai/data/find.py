@@ -73,7 +73,8 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
 
     Returns:
         Dicts with "image", "modality", "shape" (voxels along x, y, z), "channels", "dtype", "anisotropy", and where
-        known "spacing" (mm along x, y, z), "subject", "label", "split", and "weight" where it is not 1.
+        known "spacing" (mm along x, y, z), "subject", "label", "split", and "alike", the number of time
+        points in a file or series.
 
     Raises:
         InputError: when a header cannot be read, or an image has no modality.
@@ -173,14 +174,14 @@ def folder_modality(path: Path, root: Path) -> str | None:
 
 
 def _item(image: str | list[str], modality: str | None, header: Header, alike: int = 1) -> Item:
-    """One item; of n images that are alike, such as time points, each has the weight (2n - 1) / n² of PUMIT."""
+    """One item; of images that are nearly the same, such as time points, it says how many there are."""
     shape = [n for n, axis in zip(header.shape, "xyz", strict=False) if axis != "z" or n > 1]
     item: Item = {"image": image, "modality": modality, "shape": shape}
     item |= {"channels": header.channels, "dtype": header.dtype, "anisotropy": _degree(shape, header.spacing)}
     if header.spacing is not None:
         item["spacing"] = header.spacing
     if alike > 1:
-        item["weight"] = (2 * alike - 1) / alike**2
+        item["alike"] = alike
     return item
 
 

@@ -24,7 +24,7 @@ __all__ = ["index"]
 
 _SUBJECT = re.compile(r"(?:^|[/_.-])(sub-[0-9A-Za-z]+)")
 _Rules = list[tuple[re.Pattern[str], Mapping[str, Any] | None]]
-_SETTABLE = ("label", "modality", "source", "spacing", "split", "subject", "weight")
+_SETTABLE = ("alike", "label", "modality", "source", "spacing", "split", "subject")
 
 
 def index(
@@ -146,7 +146,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f'{path}: has no column "image". Name the column of the paths so.')
     for row in rows:
         row["image"] = str(path.parent / str(row["image"]))
-        for name in ("label", "spacing", "weight"):
+        for name in ("alike", "label", "spacing"):
             if row.get(name):
                 row[name] = _parsed(row[name])
     return rows

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from biovfm_monai.data.duplicates import weight_of
 from biovfm_monai.errors import InputError
 
 __all__ = ["Labels", "Mixture", "permute", "subset"]
@@ -112,11 +113,12 @@ class Mixture:
     """Images mixed by source and modality, in batches of one bucket each.
 
     A source of n images has a share of all samples in proportion to n ** (1 / temperature) times its weight: by size at
-    1, equal shares as temperature grows. A bucket, such as images of one size and degree of anisotropy, fills whole
-    batches, as often as its images' share says.
+    1, equal shares as temperature grows. Of k images that are alike each counts as (2k - 1) / k². A bucket, such as
+    images of one size and degree of anisotropy, fills whole batches, as often as its images' share says.
 
     Args:
         source, modality, bucket: of each image; None where all have one.
+        alike: how many images each one is nearly the same as, itself among them; None where all are different.
         batch_size: samples of one batch, which share a bucket; 1 without buckets.
         seed: of the order.
         temperature: of the sources' sizes, above 0.
@@ -131,6 +133,7 @@ class Mixture:
         source: Labels,
         modality: Labels | None = None,
         bucket: Labels | None = None,
+        alike: NDArray[Any] | None = None,
         batch_size: int = 1,
         seed: int = 0,
         temperature: float = 1.0,
@@ -143,13 +146,20 @@ class Mixture:
             raise InputError(f"temperature {temperature} must be above 0. Give 1 for shares by size, or more.")
         one = Labels(np.zeros(1, dtype=np.int8), [""])
         modality, bucket = modality or one, bucket or one
-        # Rows by bucket, then source, then modality: each group is one stretch of them.
-        code = bucket.codes.astype(np.int32) * len(source.names) + source.codes
-        present, counts, self._order = _stretches(code * len(modality.names) + modality.codes)
-        b, rest = np.divmod(present, len(source.names) * len(modality.names))
-        s, m = np.divmod(rest, len(modality.names))
-        of_source = np.bincount(source.codes, minlength=len(source.names))[s]
-        share = counts * of_source ** (1 / temperature - 1)
+        kinds = np.ones(1, dtype=np.int64) if alike is None else np.flatnonzero(np.bincount(alike))
+        weights = weight_of(kinds)
+        number = np.zeros(int(kinds.max()) + 1, dtype=np.int32)
+        number[kinds] = np.arange(len(kinds))
+        # Rows by bucket, then source, then modality, then weight: each group is one stretch of them.
+        code = (bucket.codes.astype(np.int32) * len(source.names) + source.codes) * len(modality.names)
+        present, counts, self._order = _stretches(
+            (code + modality.codes) * len(kinds) + (0 if alike is None else number[alike])
+        )
+        rest, w = np.divmod(present, len(weights))
+        rest, m = np.divmod(rest, len(modality.names))
+        b, s = np.divmod(rest, len(source.names))
+        sizes = np.bincount(s, counts * weights[w], minlength=len(source.names))
+        share = counts * weights[w] * sizes[s] ** (1 / temperature - 1)
         share = share * _factors(source, source_weights, "source")[s]
         share = share * _factors(modality, modality_weights, "modality")[m]
         if not share.sum() > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,23 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import CastToTyped, Compose, MapTransform, Resize, SpatialPad
+from torch import Tensor
 
+from biovfm_monai.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.data import modalities
+from biovfm_monai.data.headers import APART
 from biovfm_monai.data.reading import ReadImaged
 from biovfm_monai.errors import InputError
 
-__all__ = ["ByModalityd", "FitSized", "MatchChannelsd", "RequireSized", "encoder_transform", "training_transform"]
+__all__ = [
+    "ByModalityd",
+    "FitSized",
+    "MatchChannelsd",
+    "degree_of",
+    "encoder_transform",
+    "source_of",
+    "training_transform",
+]
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -44,6 +56,7 @@ class ByModalityd(MapTransform):
             raise InputError(f"presets {options!r} must be options by modality. Give {{'ct': {{'window': 'lung'}}}}.")
         for name, given in options.items():
             _check_options(name, given)
+        self.spacing, self.options = spacing, options
         self.presets = {
             name: getattr(modalities, name)(keys, spacing=spacing, **options.get(name, {}))
             for name in modalities.__all__
@@ -51,12 +64,25 @@ class ByModalityd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Preprocess one sample."""
+        if "prepared" in data:
+            self._require_alike(data)
+            return dict(data)
         if data.get("modality") not in self.presets:
             raise InputError(
-                f"{_source(data[self.first_key(dict(data))])}: modality {data.get('modality')!r} has no preset; "
+                f"{source_of(data[self.first_key(dict(data))])}: modality {data.get('modality')!r} has no preset; "
                 f"there are {', '.join(self.presets)}. Correct it in the datalist, or give --modality."
             )
         return dict(self.presets[data["modality"]](data))
+
+    def _require_alike(self, data: Mapping[Hashable, Any]) -> None:
+        """Refuse an image of a store that was prepared in another way."""
+        wanted = {"spacing": self.spacing, "options": self.options.get(data["modality"], {})}
+        # As a store's file has them, in which tuples are lists.
+        if json.loads(json.dumps(wanted)) != data["prepared"]:
+            raise InputError(
+                f"the store holds {data['modality']} prepared with {data['prepared']}, not {wanted}. Leave --spacing "
+                "and --presets as they were for `biovfm pack`, or pack again."
+            )
 
 
 def _check_options(name: str, given: Any) -> None:
@@ -94,33 +120,10 @@ class MatchChannelsd(MapTransform):
                 sample[key] = (image * weights).sum(0, keepdim=True)
             else:
                 raise InputError(
-                    f"{_source(image)}: has {given} channels, the encoder takes {self.in_channels}. "
+                    f"{source_of(image)}: has {given} channels, the encoder takes {self.in_channels}. "
                     f"Remove the file, or train with --in_channels {given} on images that all have {given}."
                 )
         return sample
-
-
-class RequireSized(MapTransform):
-    """Refuse images that are smaller than the crop to be cut from them.
-
-    Raises:
-        InputError: naming the file, its size and the crop.
-    """
-
-    def __init__(self, keys: KeysCollection, crop_size: Sequence[int]) -> None:
-        super().__init__(keys)
-        self.crop_size = as_volume_size(crop_size)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check one sample's images, C x depth x height x width."""
-        for key in self.key_iterator(dict(data)):
-            size = tuple(data[key].shape[1:])
-            if any(n < c for n, c in zip(size, self.crop_size, strict=True)):
-                raise InputError(
-                    f"{_source(data[key])}: size {_times(size)} is smaller than the crop {_times(self.crop_size)}. "
-                    "Remove the file, or give a smaller --crop_size."
-                )
-        return dict(data)
 
 
 class FitSized(MapTransform):
@@ -152,22 +155,21 @@ class FitSized(MapTransform):
         return sample
 
 
-def as_volume_size(size: Sequence[int]) -> tuple[int, int, int]:
-    """(height, width) or (depth, height, width) as three numbers."""
-    if isinstance(size, int) or len(size) not in (2, 3) or min(size) < 1:
-        raise InputError(f"crop_size {size} must be two or three positive numbers. Give one such as [96,96].")
-    d, h, w = (1, *size) if len(size) == 2 else size
-    return d, h, w
+def degree_of(image: Tensor) -> int:
+    """Degree of anisotropy of C x depth x height x width: 5 of one slice, and of slices that stand for themselves."""
+    if image.shape[1] == 1:
+        return 5
+    depth, *plane = spacing_of(image) or (1.0, 1.0, 1.0)
+    return 5 if depth >= APART else anisotropy_of([depth, min(plane), min(plane)])
 
 
 def training_transform(
     in_channels: int,
-    crop_size: Sequence[int],
     spacing: Sequence[float] | None = None,
     keys: KeysCollection = ("image",),
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Compose:
-    """Datalist item to float16 C x depth x height x width in [0, 1], at least as large as the crop.
+    """Datalist item to float16 C x depth x height x width in [0, 1].
 
     spacing and presets are those of `ByModalityd`.
     """
@@ -175,7 +177,6 @@ def training_transform(
         [
             ReadImaged(keys),
             ByModalityd(keys, spacing, presets),
-            RequireSized(keys, crop_size),
             # In this order grey images are kept once in memory, not once per channel.
             CastToTyped(keys, dtype=torch.float16),
             MatchChannelsd(keys, in_channels),
@@ -219,9 +220,6 @@ class _Normalised(MapTransform):
         return sample
 
 
-def _source(image: Any) -> str:
+def source_of(image: Any) -> str:
+    """The file an image was read from, for messages."""
     return str(image.meta.get("filename_or_obj", "image")) if isinstance(image, MetaTensor) else str(image)
-
-
-def _times(size: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in size)

@@ -33,6 +33,7 @@ from biovfm_monai.data.headers import (
     suffix,
     tiff_axes,
 )
+from biovfm_monai.data.store import StoredImage
 from biovfm_monai.errors import InputError
 
 __all__ = ["ReadImaged", "part_of", "read_image"]
@@ -204,7 +205,7 @@ def read_image(path: str | Path | Sequence[str | Path]) -> MetaTensor:
 
 
 class ReadImaged(MapTransform):
-    """Replace the path under each key by the image read from it, as `read_image` does."""
+    """Replace the path under each key by the image read from it (`read_image`), and one in a store by all of it."""
 
     def __init__(self, keys: KeysCollection) -> None:
         super().__init__(keys)
@@ -213,5 +214,8 @@ class ReadImaged(MapTransform):
         """Read the files of one datalist item."""
         sample = dict(data)
         for key in self.key_iterator(sample):
-            sample[key] = read_image(sample[key])
+            if isinstance(sample[key], StoredImage):
+                sample[key] = sample[key].whole()
+            elif not isinstance(sample[key], torch.Tensor):
+                sample[key] = read_image(sample[key])
         return sample

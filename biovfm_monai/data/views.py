@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biovfm_monai.data.crops import crop_of_degree
 from biovfm_monai.errors import InputError
 
 __all__ = ["RandomResizedCrop"]
@@ -21,7 +22,8 @@ class RandomResizedCrop:
     An instance serves as the trainer's `prepare_batch`.
 
     Args:
-        img_size: (height, width) or (depth, height, width) of the views.
+        img_size: (height, width) or (depth, height, width) of the views; of thick slices there are as many fewer as
+            their degree of anisotropy says.
         scale: share of the area (volume) that a view shows, drawn uniformly in between; 1 is the largest box of the
             view's proportions that the source holds.
         ratio: stretching of height over width, drawn log-uniformly in between; volumes keep their proportions.
@@ -45,11 +47,12 @@ class RandomResizedCrop:
         self.scale, self.ratio, self.flip, self.rotation = scale, ratio, flip, rotation
         self.mean, self.std = mean, std
 
-    def draw(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, image: Tensor, anisotropy: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)), one per image of a batch.
 
         Args:
             image: B x C x D x H x W, whose size, number and device count; voxels are as high as they are wide.
+            anisotropy: degree of anisotropy of volumes.
             generator: source of randomness on that device; None for torch's own.
 
         Returns:
@@ -60,7 +63,7 @@ class RandomResizedCrop:
         def uniform(low: float, high: float, *size: int) -> Tensor:
             return low + (high - low) * torch.rand(batch_size, *size, device=image.device, generator=generator)
 
-        source, largest = self._source(image), self._largest(image)
+        source, largest = self._source(image), self._largest(image, anisotropy)
         extent = uniform(self.scale[0], self.scale[1])[:, None] ** (1 / dims) * largest
         if dims == 2:
             stretch = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).mul(0.5).exp()
@@ -74,10 +77,10 @@ class RandomResizedCrop:
             matrix[:, :2] = turn @ matrix[:, :2]
         return torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
 
-    def still(self, image: Tensor) -> Tensor:
+    def still(self, image: Tensor, anisotropy: int = 0) -> Tensor:
         """Maps, as from `draw`, to the largest view from the middle of each image, upright and not mirrored."""
         dims = len(self.img_size)
-        matrix = torch.diag(self._largest(image) / self._source(image))
+        matrix = torch.diag(self._largest(image, anisotropy) / self._source(image))
         return torch.cat([matrix, matrix.new_zeros(dims, 1)], dim=1).expand(image.shape[0], -1, -1)
 
     def _source(self, image: Tensor) -> Tensor:
@@ -85,13 +88,16 @@ class RandomResizedCrop:
         size = image.shape[-len(self.img_size) :]
         return torch.tensor(size[::-1], dtype=torch.float32, device=image.device)
 
-    def _largest(self, image: Tensor) -> Tensor:
-        """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels."""
-        size = image.shape[-len(self.img_size) :]
-        ratio = min(n / v for n, v in zip(size, self.img_size, strict=True))
-        return torch.tensor([ratio * v for v in self.img_size[::-1]], device=image.device)
+    def _size(self, anisotropy: int) -> tuple[int, ...]:
+        return self.img_size if len(self.img_size) == 2 else crop_of_degree(self.img_size, anisotropy)
 
-    def apply(self, image: Tensor, maps: Tensor) -> Tensor:
+    def _largest(self, image: Tensor, anisotropy: int) -> Tensor:
+        """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels."""
+        wanted, size = self._size(anisotropy), image.shape[-len(self.img_size) :]
+        ratio = min(n / v for n, v in zip(size, wanted, strict=True))
+        return torch.tensor([ratio * v for v in wanted[::-1]], device=image.device)
+
+    def apply(self, image: Tensor, maps: Tensor, anisotropy: int = 0) -> Tensor:
         """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32.
 
         Raises:
@@ -104,15 +110,19 @@ class RandomResizedCrop:
                     f"crops of {image.shape[2]} slices do not make 2D views. Give --img_size three numbers too."
                 )
             image = image[:, :, 0]
-        elif image.shape[2] == 1 < self.img_size[0]:
+        elif image.shape[2] == 1 < self._size(anisotropy)[0]:
             raise InputError("crops of one slice do not make volumes. Give --crop_size three numbers too.")
-        grid = F.affine_grid(maps, [image.shape[0], 1, *self.img_size], align_corners=False)
+        grid = F.affine_grid(maps, [image.shape[0], 1, *self._size(anisotropy)], align_corners=False)
         view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return (view - self.mean) / self.std
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
     ) -> dict[str, Any]:
-        """Move a batch to the device and make its views; everything but "image" stays as it is."""
+        """Move a batch to the device and make its views; everything but "image" stays as it is.
+
+        The images of a batch share a degree, batch["anisotropy"], where there is one.
+        """
         image = batch["image"].to(device, non_blocking=non_blocking)
-        return {**batch, "image": self.apply(image, self.draw(image))}
+        degree = int(torch.as_tensor(batch.get("anisotropy", 0)).max())
+        return {**batch, "image": self.apply(image, self.draw(image, degree), degree)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from ignite.engine import Events
 from PIL import Image
@@ -77,25 +78,21 @@ class ReconstructionHandler:
         self._samples = samples = self._samples or self._one_per_modality()
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
-            crops = torch.stack([s["image"] for s in samples]).to(engine.state.device)
-            image = self.views.apply(crops, self.views.still(crops))
             self.method.eval()
-            masked, filled = self.method.reconstruct({"image": image})
-        pictures = [
-            [middle_slice(one * self.views.std + self.views.mean) for one in _as_volume(images)]
-            for images in (image, masked, filled)
-        ]
-        picture = draw_sheet(
-            [
-                list(zip((f"{sample['modality']}: image", "masked", "reconstructed"), row, strict=True))
-                for sample, *row in zip(samples, *pictures, strict=True)
-            ]
-        )
+            rows = [self._row(sample, engine.state.device) for sample in samples]
+        picture = draw_sheet(rows)
         with write_atomically(self.path) as draft:
             Image.fromarray(picture).save(draft, format="PNG")
         if self.summary_writer is not None:
             self.summary_writer.add_image("reconstruction", picture, engine.step, dataformats="HWC")
             self.summary_writer.flush()
+
+    def _row(self, sample: Mapping[str, Any], device: torch.device) -> list[tuple[str, np.ndarray]]:
+        crop, degree = sample["image"][None].to(device), sample.get("anisotropy", 0)
+        image = self.views.apply(crop, self.views.still(crop, degree), degree)
+        masked, filled = self.method.reconstruct({**sample, "image": image})
+        shown = [middle_slice(_as_volume(one)[0] * self.views.std + self.views.mean) for one in (image, masked, filled)]
+        return list(zip((f"{sample['modality']}: image", "masked", "reconstructed"), shown, strict=True))
 
     def _one_per_modality(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

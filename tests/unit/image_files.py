@@ -3,12 +3,14 @@
 import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from biovfm_monai.data import modalities, read_image
+from biovfm_monai.errors import InputError
 
 
 def write_nifti(path, array, spacing=(1, 1, 1), stored="RAS"):
@@ -48,3 +50,11 @@ def write_dicom(path, series, number=0, value=0, **tags):
 def preset(name, path, **options):
     """The image in a file after the preset of a modality."""
     return getattr(modalities, name)("image", **options)({"image": read_image(path)})["image"]
+
+
+def cause_of(call, *arguments):
+    """The user's mistake behind the RuntimeError that MONAI wraps it in."""
+    with pytest.raises(RuntimeError) as caught:
+        call(*arguments)
+    assert isinstance(caught.value.__cause__, InputError)
+    return str(caught.value.__cause__)

@@ -1,18 +1,23 @@
 """Crops, batches and views: from samples to what a method is given."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import write_nifti
+from image_files import cause_of, write_nifti
+from monai.data import MetaTensor
 from monai.transforms import Compose
+from torch.utils.data import default_collate
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop, training_transform
 from biovfm_monai.errors import InputError
+from biovfm_monai.methods import MAE
+from biovfm_monai.networks import spad_vit_tiny
 
 # Crops
 
@@ -77,6 +82,116 @@ def test_a_crop_is_a_part_of_its_image_and_every_place_occurs(crop):
     assert seen == places
 
 
+@pytest.mark.parametrize(("crop", "fits"), [((5, 6), True), ((2, 5, 6), True), ((3, 5, 6), False), ((5, 7), False)])
+def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
+    def load(_):
+        return {"image": MetaTensor(torch.ones(1, 2, 5, 6), meta={"filename_or_obj": "a.png"}), "modality": "ct"}
+
+    if fits:
+        assert RandomCropDataset([{}], load, crop)[0]["image"].shape == (1, *((1, *crop)[-3:]))
+    else:
+        message = cause_of(lambda: RandomCropDataset([{}], load, crop)[0])
+        assert re.match(r"a\.png: size 2 x 5 x 6 is smaller than the crop .*--crop_size", message)
+
+
+@pytest.mark.parametrize("size", [96, (96,), (0, 96)])
+def test_a_crop_size_that_means_nothing_is_refused(size):
+    with pytest.raises(InputError, match=r"crop_size .* such as \[96,96\]"):
+        stream(crop=size)
+
+
+@pytest.mark.parametrize("zoom", [(0, 1), (2, 1), (1,)])
+def test_a_zoom_that_means_nothing_is_refused(zoom):
+    with pytest.raises(InputError, match=r"zoom .* such as \[0\.75,2\]"):
+        stream(zoom=zoom)
+
+
+def test_a_zoomed_crop_shows_more_or_less_of_the_image_and_never_beyond_it():
+    ramp = torch.arange(40.0).expand(1, 1, 30, 40)
+    crops = RandomCropDataset([{}], lambda _: {"image": ramp, "modality": "ct"}, (10, 10), zoom=(0.5, 8.0))
+    spans = []
+    for number in range(200):
+        crop = crops[number]["image"]
+        assert crop.shape == (1, 1, 10, 10)
+        assert 0 <= crop.min() <= crop.max() <= 39
+        spans.append(float((crop[0, 0, 0, -1] - crop[0, 0, 0, 0]) / 9))
+    assert min(spans) < 0.6
+    assert 2.7 < max(spans) <= 3.0
+    again = RandomCropDataset([{}], lambda _: {"image": ramp, "modality": "ct"}, (10, 10), zoom=(0.5, 8.0))
+    assert torch.equal(again[150]["image"], crops[150]["image"])
+
+
+def test_an_image_smaller_than_the_crop_is_magnified_where_zoom_allows_it():
+    small = torch.rand(1, 1, 6, 6)
+    crops = RandomCropDataset([{}], lambda _: {"image": small, "modality": "ct"}, (10, 10), zoom=(0.6, 1.0))
+    assert crops[0]["image"].shape == (1, 1, 10, 10)
+    crops = RandomCropDataset([{}], lambda _: {"image": small, "modality": "ct"}, (10, 10), zoom=(0.7, 1.0))
+    assert "size 1 x 6 x 6 is smaller than the crop 1 x 7 x 7" in cause_of(crops.__getitem__, 0)
+
+
+def thick(counts, batch_size, **options):
+    """Volumes of 32 voxels a side and of thicker slices, as many of each degree of anisotropy as given."""
+    items = [{"degree": degree, "source": "a"} for degree, n in enumerate(counts) for _ in range(n)]
+
+    def load(item):
+        depth = 1 if item["degree"] == 5 else 40 >> item["degree"]
+        image = torch.full((1, depth, 32, 32), float(item["degree"]))
+        affine = torch.diag(torch.tensor([2.0 ** item["degree"], 1, 1, 1], dtype=torch.float64))
+        return {"image": MetaTensor(image, affine=affine), "modality": "ct"}
+
+    return RandomCropDataset(items, load, (32, 16, 16), batch_size=batch_size, **options)
+
+
+def test_each_batch_of_volumes_has_one_degree_and_thick_slices_give_as_many_fewer():
+    crops = thick((6, 4, 0, 2, 2, 6), batch_size=4)
+    degrees = []
+    for batch in range(1000):
+        samples = [crops[batch * 4 + n] for n in range(4)]
+        (degree,) = {sample["anisotropy"] for sample in samples}
+        assert {sample["image"].shape for sample in samples} == {(1, (32, 16, 8, 4, 2, 1)[degree], 16, 16)}
+        assert all((sample["image"] == degree).all() for sample in samples)
+        degrees.append(degree)
+    shares = np.bincount(degrees, minlength=6) / 1000
+    assert shares == pytest.approx(np.array([6, 4, 0, 2, 2, 6]) / 20, abs=0.02)
+
+
+def test_zooming_keeps_the_degree_by_zooming_along_all_axes():
+    crops = thick((3, 3, 0, 0, 0, 3), batch_size=1, zoom=(0.5, 1.2))
+    assert {(s["anisotropy"], s["image"].shape[1]) for s in (crops[n] for n in range(60))} == {(0, 32), (1, 16), (5, 1)}
+
+
+@pytest.mark.parametrize("degree", [0, 1, 4, 5])
+def test_views_of_thick_slices_have_as_many_fewer(degree):
+    view = RandomResizedCrop((32, 16, 16), scale=(1.0, 1.0), flip=0.0)
+    crop = torch.rand(2, 1, max(32 >> degree, 1) if degree < 5 else 1, 16, 16)
+    batch = {"image": crop, "anisotropy": torch.tensor([degree, degree]), "modality": ["ct", "ct"]}
+    made = view(batch, torch.device("cpu"))
+    torch.testing.assert_close(made["image"], crop * 2 - 1)
+    assert made["anisotropy"] is batch["anisotropy"]
+
+
+def test_a_method_learns_from_batches_of_all_degrees():
+    encoder = spad_vit_tiny(in_channels=1, img_size=(32, 16, 16), patch_size=(8, 8, 8), depth=1, embed_dim=48)
+    method = MAE(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    crops, view = thick((2, 2, 2, 2, 2, 2), batch_size=2), RandomResizedCrop((32, 16, 16))
+    seen = set()
+    for batch in range(24):
+        samples = default_collate([crops[batch * 2 + n] for n in range(2)])
+        method(view(samples, torch.device("cpu")))["loss"].backward()
+        seen.add(int(samples["anisotropy"][0]))
+    assert seen == {0, 1, 2, 3, 4, 5}
+
+
+def test_images_that_are_alike_come_less_often():
+    items = [{"number": n, "alike": 4} for n in range(4)] + [{"number": 4}, {"number": 5}]
+    crops = RandomCropDataset(
+        items, lambda item: {"image": torch.full((1, 1, 2, 2), item["number"]), "modality": "mri"}, (2, 2)
+    )
+    counts = np.bincount([int(crops[n]["image"].max()) for n in range(3000)]) / 3000
+    # Four of 7/16 each beside two of 1: 3.75 in all.
+    assert counts == pytest.approx([7 / 16 / 3.75] * 4 + [1 / 3.75] * 2, abs=0.01)
+
+
 def test_a_stream_of_no_images_is_refused():
     with pytest.raises(InputError, match=r"empty.*--dataset_dir"):
         stream(count=0)
@@ -84,7 +199,7 @@ def test_a_stream_of_no_images_is_refused():
 
 def test_crops_reach_workers_that_are_spawned(tmp_path):
     item = {"image": str(write_nifti(tmp_path / "a.nii.gz", np.arange(216).reshape(6, 6, 6))), "modality": "mri"}
-    crops = RandomCropDataset([item], training_transform(1, (4, 4)), (4, 4))
+    crops = RandomCropDataset([item], training_transform(1), (4, 4))
     copy = pickle.loads(pickle.dumps(crops))  # noqa: S301 - our own
     assert torch.equal(copy[5]["image"], crops[5]["image"])
 
@@ -187,7 +302,7 @@ def test_a_view_is_normalised_by_mean_and_deviation(size):
 def test_drawn_views_lie_inside_the_source(sizes, a, b, ratio, seed):
     size, sourced = sizes
     view = RandomResizedCrop(size, scale=(min(a, b), max(a, b)), ratio=(1 / ratio, ratio))
-    maps = view.draw(source(sourced, 64), torch.Generator().manual_seed(seed))
+    maps = view.draw(source(sourced, 64), generator=torch.Generator().manual_seed(seed))
     reach = maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()
     assert reach.max() <= 1 + 1e-5
 
@@ -241,7 +356,7 @@ def test_flips_happen_with_the_stated_probability(size, flip):
 
 def test_drawn_maps_follow_their_generator_and_differ_within_a_batch():
     image = source((8, 8), 3)
-    first, again = (RandomResizedCrop((8, 8)).draw(image, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (RandomResizedCrop((8, 8)).draw(image, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1])
 

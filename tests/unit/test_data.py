@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from image_files import preset, write_dicom, write_nifti, write_png
+from image_files import cause_of, preset, write_dicom, write_nifti, write_png
 from monai.data import MetaTensor
 from PIL import Image
 
@@ -14,7 +14,6 @@ from biovfm_monai.data import (
     ByModalityd,
     FitSized,
     MatchChannelsd,
-    RequireSized,
     encoder_transform,
     find_images,
     load_datalist,
@@ -26,14 +25,6 @@ from biovfm_monai.errors import InputError
 from biovfm_monai.networks import vit_tiny
 
 STORED = ["RAS", "LPS", "SPL", "AIR", "PSR", "ILA"]
-
-
-def cause_of(call, *arguments):
-    """The user's mistake behind the RuntimeError that MONAI wraps it in."""
-    with pytest.raises(RuntimeError) as caught:
-        call(*arguments)
-    assert isinstance(caught.value.__cause__, InputError)
-    return str(caught.value.__cause__)
 
 
 def _cut(source, path, share):
@@ -109,12 +100,12 @@ def test_a_stack_of_imagej_has_the_spacing_that_it_says(tmp_path):
     assert spacing_of(preset("microscopy", tmp_path / "a.tif")) == pytest.approx([0.003, 0.0005, 0.0005])
 
 
-def test_a_file_of_several_volumes_is_one_item_each_which_share_a_weight(tmp_path):
+def test_a_file_of_several_volumes_is_one_item_each_which_are_alike(tmp_path):
     values = np.random.default_rng(0).random((5, 6, 7, 3)).astype(np.float32)
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "dwi.nii.gz")
     items = find_images(tmp_path, "mri")
     assert [item["image"] for item in items] == [f"{tmp_path}/dwi.nii.gz::{n}" for n in range(3)]
-    assert [item["weight"] for item in items] == [5 / 9] * 3
+    assert [item["alike"] for item in items] == [3] * 3
     for number, item in enumerate(items):
         image = read_image(item["image"])
         assert np.array_equal(image[0].numpy(), values[..., number])
@@ -202,7 +193,7 @@ def test_a_photo_whose_transparency_hides_nothing_has_its_three_colours(tmp_path
 
 def test_a_photo_with_transparency_is_refused_by_its_number_of_channels(tmp_path):
     path = write_png(tmp_path / "rgba.png", np.zeros((9, 9, 4), dtype=np.uint8))
-    message = cause_of(training_transform(3, (4, 4)), {"image": str(path), "modality": "pathology"})
+    message = cause_of(training_transform(3), {"image": str(path), "modality": "pathology"})
     assert "rgba.png: has 4 channels, the encoder takes 3" in message
 
 
@@ -293,7 +284,7 @@ def test_a_large_photo_shrinks_to_512_on_its_shorter_side(tmp_path):
 
 
 def test_every_sample_image_becomes_half_precision_within_unit_range(samples):
-    transform = training_transform(1, (64, 64))
+    transform = training_transform(1)
     images = {item["image"]: transform(item)["image"] for item in load_datalist(samples)}
     wrong = {
         name: (image.dtype, tuple(image.shape))
@@ -329,16 +320,6 @@ def test_other_numbers_of_channels_are_refused(given, taken):
         )
 
 
-@pytest.mark.parametrize(("crop", "fits"), [((5, 6), True), ((2, 5, 6), True), ((3, 5, 6), False), ((5, 7), False)])
-def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
-    sample = {"image": MetaTensor(torch.ones(1, 2, 5, 6), meta={"filename_or_obj": "a.png"})}
-    if fits:
-        assert RequireSized("image", crop)(sample)["image"] is sample["image"]
-    else:
-        with pytest.raises(InputError, match=r"a\.png: size 2 x 5 x 6 is smaller than the crop .*--crop_size"):
-            RequireSized("image", crop)(sample)
-
-
 def test_an_unknown_modality_is_refused_with_the_list_of_known_ones():
     with pytest.raises(InputError, match=r"a\.png: modality 'smell' has no preset; there are ct, derm.*--modality"):
         ByModalityd("image")({"image": "a.png", "modality": "smell"})
@@ -368,9 +349,3 @@ def test_fitting_thins_slices_evenly_and_keeps_both_ends():
 def test_a_spacing_to_resample_to_must_be_three_positive_numbers(spacing):
     with pytest.raises(InputError, match="three positive numbers"):
         ByModalityd("image", spacing)
-
-
-@pytest.mark.parametrize("size", [96, (96,), (0, 96)])
-def test_a_crop_size_that_means_nothing_is_refused(size):
-    with pytest.raises(InputError, match=r"crop_size .* such as \[96,96\]"):
-        RequireSized("image", size)

@@ -201,7 +201,7 @@ def test_directions_of_a_series_are_volumes_of_their_own(tmp_path):
     assert [[Path(path).stem for path in item["image"]] for item in items] == [["0", "2", "4"], ["1", "3", "5"]]
 
 
-def test_time_points_of_a_series_are_volumes_of_their_own_which_share_a_weight(tmp_path):
+def test_time_points_of_a_series_are_volumes_of_their_own_which_are_alike(tmp_path):
     for number in range(6):
         place = [0, 0, 3.0 * (number % 3)]
         write_dicom(
@@ -209,7 +209,7 @@ def test_time_points_of_a_series_are_volumes_of_their_own_which_share_a_weight(t
         )
     items = find_images(tmp_path)
     assert [[Path(path).stem for path in item["image"]] for item in items] == [["0", "1", "2"], ["3", "4", "5"]]
-    assert [item["weight"] for item in items] == [3 / 4] * 2
+    assert [item["alike"] for item in items] == [2] * 2
     assert items[1]["shape"] == [8, 6, 3]
 
 
@@ -248,7 +248,7 @@ def test_dicom_files_of_a_series_each_are_an_item_each(tmp_path):
 def test_the_patients_identifier_appears_neither_in_an_item_nor_with_the_image(series):
     for path in (series, series / "a.dcm"):
         (item,) = find_images(path)
-        assert "4711" not in f"{item} {read_image(path).meta} {training_transform(1, (4, 4))(item)}"
+        assert "4711" not in f"{item} {read_image(path).meta} {training_transform(1)(item)}"
 
 
 def test_slices_of_one_patient_share_a_subject_and_those_of_nobody_have_none(tmp_path):

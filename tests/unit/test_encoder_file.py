@@ -310,7 +310,7 @@ def test_another_error_ends_the_process_with_its_traceback(run, tmp_path):
 
 
 def test_a_mistake_inside_a_monai_transform_is_shown_as_one_line(shown):
-    line = shown(training_transform(1, (4, 4)), {"image": "/absent/a.png", "modality": "ct"})
+    line = shown(training_transform(1), {"image": "/absent/a.png", "modality": "ct"})
     assert line == "error: /absent/a.png: no such file. Correct the path in the datalist.\n"
 
 
@@ -328,7 +328,7 @@ def test_the_traceback_of_a_mistake_is_logged_for_debugging(shown, caplog):
 
 def test_a_mistake_in_a_loaders_worker_is_shown_as_one_line(shown):
     items = [{"image": "/absent/a.png", "modality": "ct"}]
-    loader = DataLoader(Dataset(items, training_transform(1, (4, 4))), num_workers=1)
+    loader = DataLoader(Dataset(items, training_transform(1)), num_workers=1)
     line = shown(lambda: list(loader))
     assert line == "error: /absent/a.png: no such file. Correct the path in the datalist.\n"
 

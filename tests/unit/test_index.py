@@ -69,7 +69,7 @@ def test_both_forms_give_the_same_items(mess, tmp_path, name):
         "image": str(mess / "scans/Miller"), "modality": "ct", "shape": [8, 6, 4], "channels": 1, "dtype": "int16",
         "spacing": [1.0, 1.0, 3.0], "anisotropy": 1, "source": "a mess", "subject": None,
     }  # fmt: skip
-    assert items[f"{mess}/mri/dwi.nii.gz::1"]["weight"] == 5 / 9
+    assert items[f"{mess}/mri/dwi.nii.gz::1"]["alike"] == 3
 
 
 def test_nothing_of_a_patient_is_written(mess, tmp_path):

@@ -1,0 +1,75 @@
+"""Images that are nearly the same, by their perceptual hashes (https://www.phash.org/docs/pubs/thesis_zauner.pdf).
+
+Of n such images each weighs (2n - 1) / n², as in PUMIT, so that together they weigh a little less than two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import imagehash
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["count_alike", "perceptual_hash", "weight_of"]
+
+_DISTANCE = 3
+_BANDS = 4
+_ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)
+
+
+def perceptual_hash(picture: NDArray[np.uint8]) -> int:
+    """64 bits that hardly change when an image is scaled, compressed or made brighter.
+
+    Args:
+        picture: H x W x 3.
+    """
+    return int(str(imagehash.phash(Image.fromarray(picture))), 16)
+
+
+def weight_of(alike: NDArray[Any]) -> NDArray[np.float64]:
+    """The weight of images of which there are so many alike."""
+    count = alike.astype(np.float64)
+    return (2 * count - 1) / count**2
+
+
+def count_alike(hashes: NDArray[np.uint64], others: NDArray[np.uint64] | None = None) -> NDArray[np.int32]:
+    """How many hashes differ from each one in at most three bits.
+
+    Args:
+        hashes: of images.
+        others: among which to count; by default the hashes themselves, each of which counts as its own.
+    """
+    if others is None:
+        counts = np.ones(len(hashes), dtype=np.int32)
+        for a, b in _pairs(hashes):
+            np.add.at(counts, a, 1)
+            np.add.at(counts, b, 1)
+        return counts
+    counts = np.zeros(len(hashes), dtype=np.int32)
+    for a, b in _pairs(np.concatenate([hashes, others])):
+        first, second = np.minimum(a, b), np.maximum(a, b)
+        np.add.at(counts, first[(first < len(hashes)) & (second >= len(hashes))], 1)
+    return counts
+
+
+def _pairs(hashes: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Pairs of near hashes, each once: of four bands of 16 bits, one at least must be the same in both."""
+    bands = [(hashes >> np.uint64(16 * n)).astype(np.uint16) for n in range(_BANDS)]
+    for number, band in enumerate(bands):
+        order = np.argsort(band, kind="stable")
+        apart = 1
+        alive = np.arange(len(order) - 1)
+        while alive.size:
+            alive = alive[alive + apart < len(order)]
+            a, b = order[alive], order[alive + apart]
+            alive = alive[band[a] == band[b]]
+            a, b = order[alive], order[alive + apart]
+            new = np.all([bands[n][a] != bands[n][b] for n in range(number)], axis=0) if number else slice(None)
+            difference = (hashes[a] ^ hashes[b])[new]
+            ones = sum(_ONES[(difference >> np.uint64(16 * n)).astype(np.uint16)].astype(int) for n in range(_BANDS))
+            near = np.asarray(ones) <= _DISTANCE
+            yield a[new][near], b[new][near]
+            apart += 1
