@@ -80,13 +80,26 @@ def _steps(image: NDArray[np.float32]) -> tuple[float, float] | None:
     values = np.unique(inside[:: max(inside.size // _PROBE, 1)])
     if values.size < 2:
         return float(values[0]), 1.0
-    lowest, gap = float(values[0]), float(np.diff(values).min())
-    # One gap is known to a few digits, all of them together to many.
-    step = float((values[-1] - lowest) / max(np.rint((values[-1] - lowest) / gap), 1))
+    lowest, span = float(values[0]), float(values[-1] - values[0])
+    gap = _common_divisor(np.unique(np.diff(values).round(7)))
+    # A gap is known to a few digits, all of them together to many.
+    step = span / max(round(span / gap), 1)
     if 1 / step > _LEVELS - 2:
         return None
     away = (inside - lowest) / step
     return (lowest, step) if np.abs(away - np.rint(away)).max() * step < _ROUNDING else None
+
+
+def _common_divisor(gaps: NDArray[np.float64]) -> float:
+    """The largest number that all gaps are whole multiples of, to rounding (Euclid)."""
+    divisor = 0.0
+    for gap in gaps[gaps > _ROUNDING]:
+        a, b = float(gap), divisor
+        while b > 1 / _LEVELS / 4:
+            # A remainder just below the divisor is a rounded zero.
+            a, b = b, abs(a - b * round(a / b))
+        divisor = a
+    return divisor or _ROUNDING
 
 
 def decode(numbers: NDArray[Any], scale: float, offset: float, unit: bool) -> Tensor:

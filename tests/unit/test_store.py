@@ -1,0 +1,342 @@
+"""The packed store: what goes in comes out, whatever happens meanwhile."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from image_files import write_dicom, write_nifti, write_png
+from monai.data import DataLoader
+from PIL import Image
+from skimage import data as photographs
+
+from biovfm_monai.data import (
+    RandomCropDataset,
+    Store,
+    encoder_transform,
+    index,
+    load_datalist,
+    pack,
+    training_transform,
+)
+from biovfm_monai.data.duplicates import count_alike, perceptual_hash
+from biovfm_monai.data.preprocessing import degree_of
+from biovfm_monai.data.store import INDEX, decode, encode
+from biovfm_monai.errors import InputError
+
+# Numbers
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(-1000, 1000), (-160, 240), (-3, 997.25), (0, 4095)]),
+    st.sampled_from([1, 2, 16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_in_a_window_come_back_in_eight_or_sixteen_bits(seed, window, spread):
+    low, high = window
+    values = np.random.default_rng(seed).integers((low - 99) // spread, (high + 99) // spread, (1, 9, 10, 11)) * spread
+    image = np.clip((values.astype(np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    encoded = encode(image, eight_bit=False)
+    assert encoded.numbers.dtype in (np.uint8, np.int16)
+    assert encoded.numbers.dtype == np.uint8 or (high - low) / spread > 253
+    back = decode(encoded.numbers, encoded.scale, encoded.offset, encoded.unit).numpy()
+    assert np.abs(back - image).max() <= 2e-6
+
+
+@given(arrays(np.float32, (1, 2, 3, 4), elements=st.floats(-50, 50, width=32)))
+@settings(max_examples=60, deadline=None)
+def test_any_other_numbers_come_back_to_a_part_in_two_thousand(image):
+    encoded = encode(image, eight_bit=False)
+    back = decode(encoded.numbers, encoded.scale, encoded.offset, encoded.unit).numpy()
+    assert np.abs(back - image).max() <= np.abs(image).max() / 2000 + 1e-6
+
+
+@given(arrays(np.uint8, (3, 1, 4, 5)))
+@settings(max_examples=30, deadline=None)
+def test_eight_bits_stay_eight_bits(pixels):
+    encoded = encode(pixels.astype(np.float32) / 255, eight_bit=True)
+    assert np.array_equal(encoded.numbers, pixels)
+
+
+# Packing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of all kinds: eight and sixteen bits, colours, thin and thick slices, a film, a copy, and a bad file."""
+    root = tmp_path_factory.mktemp("a folder")
+    rng = np.random.default_rng(0)
+    for name in ("ct", "mri", "fundus", "ultrasound"):
+        (root / name).mkdir()
+    for number in range(3):
+        write_nifti(root / f"ct/{number}.nii.gz", rng.integers(-1200, 1200, (40, 44, 48)), spacing=(1, 1, 1))
+        write_nifti(root / f"mri/{number}.nii.gz", rng.normal(500, 90, (40, 44, 12)), spacing=(1, 1, 5))
+        photo = photographs.astronaut()[number * 60 : number * 60 + 200, :260]
+        write_png(root / f"fundus/{number}.png", np.ascontiguousarray(photo))
+    shutil.copy(root / "fundus/0.png", root / "fundus/copy.png")
+    frames = rng.integers(0, 900, (5, 48, 64)).astype(np.int16)
+    write_dicom(
+        root / "ultrasound/film.dcm", "1.2", Modality="US", NumberOfFrames=5, Rows=48, Columns=64,
+        PixelData=frames.tobytes(), RescaleSlope=1, RescaleIntercept=0,
+    )  # fmt: skip
+    write_nifti(root / "ct/nan.nii.gz", np.full((40, 40, 40), np.nan))
+    index([root], root.with_name("list") / "datalist.json", salt="x")
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    out = folder.with_name("store")
+    pack(folder.with_name("list") / "datalist.json", out, salt="y", num_workers=1)
+    return out
+
+
+def by_content(path):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
+
+
+def test_every_image_comes_back_as_its_preset_gave_it(folder, store):
+    prepare = training_transform(1)
+    stored = Store(store)
+    expected = {}
+    for item in load_datalist(folder.with_name("list")):
+        if "nan" not in item["image"] and "copy" not in item["image"]:
+            sample = prepare(item)
+            expected[sample["image"].as_tensor().float().numpy().tobytes()] = sample
+    assert len(stored) == len(expected) == 10
+    images = [sample["image"].as_tensor() for sample in expected.values()]
+    for sample in stored:
+        image = prepare(sample)["image"]
+        gaps = [float((image - other).abs().max()) for other in images if other.shape == image.shape]
+        assert min(gaps) <= 1e-3
+        assert degree_of(sample["image"].whole()) == sample["anisotropy"]
+
+
+def test_what_is_not_stored_is_listed_with_the_reason(folder, store):
+    def listed(name):
+        with store.with_name(f"{store.name}-{name}.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    ((rejected,), (duplicate,)) = listed("rejected"), listed("duplicates")
+    assert rejected["file"] == str(folder / "ct/nan.nii.gz")
+    assert "NaN or infinite" in rejected["reason"]
+    assert duplicate == {"file": str(folder / "fundus/copy.png"), "same as": str(folder / "fundus/0.png")}
+
+
+def test_the_store_holds_no_path_and_no_name(folder, store):
+    content = b"".join(file.read_bytes() for file in store.iterdir())
+    for secret in (b"4711", b".nii", b".png", b"pytest"):
+        assert secret not in content
+
+
+def test_a_box_of_an_image_is_that_part_of_the_whole(store):
+    for sample in Store(store):
+        image = sample["image"]
+        whole = image.whole().as_tensor()
+        d, h, w = (slice(n // 3, n // 3 + max(n // 2, 1)) for n in image.shape[1:])
+        assert torch.equal(image[:, d, h, w], whole[:, d, h, w])
+
+
+@pytest.mark.parametrize("crop", [(32, 24), (8, 32, 24)])
+def test_crops_of_the_store_and_of_the_files_are_alike(folder, store, crop):
+    items = [item for item in load_datalist(folder.with_name("list")) if "nan" not in item["image"]]
+    items = [item for item in items if "copy" not in item["image"]]
+    for image in items:
+        image["alike"] = 1
+    stored = Store(store)
+    order = [items.index(item) for item in items]
+    files = RandomCropDataset(items, training_transform(3), crop, seed=1, batch_size=2)
+    packed = RandomCropDataset(stored, training_transform(3), crop, seed=1, batch_size=2)
+    assert order == list(range(len(stored)))
+    for number in range(40):
+        one, other = files[number], packed[number]
+        assert set(one) == set(other)
+        assert {key: one[key] for key in one if key != "image"} == {key: other[key] for key in other if key != "image"}
+        assert one["image"].dtype == other["image"].dtype == torch.float16
+        torch.testing.assert_close(one["image"], other["image"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_packing_again_gives_the_same_bytes_with_any_number_of_processes(folder, store, tmp_path, workers):
+    pack(folder.with_name("list") / "datalist.json", tmp_path / "again", salt="y", num_workers=workers)
+    assert by_content(tmp_path / "again") == by_content(store)
+
+
+PACK = """
+import importlib, sys
+module = importlib.import_module("biovfm_monai.data.pack")
+module._IMAGES = 1
+module.pack(sys.argv[1], sys.argv[2], salt="y", num_workers=1)
+"""
+
+
+def test_a_killed_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path):
+    arguments = [sys.executable, "-c", PACK, str(folder.with_name("list") / "datalist.json")]
+    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, timeout=120, capture_output=True)
+    for wanted in (1, 5):
+        with subprocess.Popen([*arguments, str(tmp_path / "cut")], stdout=-1, stderr=-1) as process:
+            deadline = time.monotonic() + 60
+            while len(list((tmp_path / "cut").glob("*.b2"))) < wanted and time.monotonic() < deadline:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        with pytest.raises(InputError, match=r"the store is not finished\. Run the same"):
+            load_datalist(tmp_path / "cut")
+    subprocess.run([*arguments, str(tmp_path / "cut")], check=True, timeout=120, capture_output=True)
+    assert by_content(tmp_path / "cut") == by_content(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_a_finished_store_is_left_alone_and_another_one_is_not_written_over_it(folder, store, tmp_path):
+    before = by_content(store)
+    assert "was ready already" in pack(folder.with_name("list") / "datalist.json", store)
+    with pytest.raises(InputError, match="holds a store of another presets"):
+        pack(folder.with_name("list") / "datalist.json", store, presets={"ct": {"window": "lung"}})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds files, but no store"):
+        pack(folder.with_name("list") / "datalist.json", tmp_path / "mine")
+    assert by_content(store) == before
+
+
+def test_a_folder_packs_without_a_datalist_and_subjects_mean_nothing_without_the_salt(folder, tmp_path):
+    names = []
+    for name in "ab":
+        pack(folder / "ultrasound", tmp_path / name, num_workers=1)
+        names.append(Store(tmp_path / name)[0]["subject"])
+    assert names[0] != names[1]
+
+
+# Using it
+
+
+def test_sections_and_labels_are_those_of_the_datalist(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (9, 12, 14), dtype=np.uint8)
+    np.savez(tmp_path / "breastmnist.npz", train_images=images[:6], train_labels=np.arange(6)[:, None],
+             test_images=images[6:], test_labels=np.arange(3)[:, None])  # fmt: skip
+    index([tmp_path / "breastmnist.npz"], tmp_path / "out/datalist.json")
+    pack(tmp_path / "out/datalist.json", tmp_path / "store", num_workers=1)
+    training, test = load_datalist(tmp_path / "store"), load_datalist(tmp_path / "store", "test")
+    assert [item["label"] for item in training] == [0, 1, 2, 3, 4, 5]
+    assert [item["label"] for item in test] == [0, 1, 2]
+    assert torch.equal(test[2]["image"][0, 0].mul(255).round().byte(), torch.from_numpy(images[8]))
+    with pytest.raises(InputError, match="has no section 'valid', but t"):
+        load_datalist(tmp_path / "store", "valid")
+
+
+def test_an_encoder_takes_images_of_a_store_whole(folder, store):
+    transform = encoder_transform(1, (32, 32), 0.5, 0.5)
+    (expected,) = (transform(item)["image"] for item in load_datalist(folder / "ultrasound"))
+    stored = [item for item in Store(store) if item["modality"] == "ultrasound"]
+    torch.testing.assert_close(transform(stored[0])["image"].as_tensor(), expected.as_tensor(), rtol=0, atol=2e-3)
+
+
+def test_images_prepared_in_another_way_are_refused(store):
+    crops = RandomCropDataset(Store(store), training_transform(1, presets={"ct": {"window": "lung"}}), (16, 16))
+    with pytest.raises(RuntimeError) as caught:
+        [crops[number] for number in range(10)]
+    assert "the store holds ct prepared with" in str(caught.value.__cause__)
+
+
+def test_images_of_a_store_that_are_too_small_are_left_out_with_a_warning(store, caplog):
+    crops = RandomCropDataset(Store(store), training_transform(1), (60, 60))
+    assert len(crops) == 3
+    assert "7 of 10 images are smaller than the crop 60 x 60" in caplog.text
+    assert {crops[number]["modality"] for number in range(6)} == {"fundus"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_see_the_same_crops_in_the_same_order(store, workers):
+    crops = RandomCropDataset(Store(store), training_transform(1), (8, 32, 24), batch_size=4)
+    first = DataLoader(torch.utils.data.Subset(crops, range(16)), batch_size=4)
+    other = DataLoader(torch.utils.data.Subset(crops, range(16)), batch_size=4, num_workers=workers)
+    for a, b in zip(first, other, strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert a["modality"] == b["modality"]
+
+
+def test_a_damaged_shard_is_named(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    (shard,) = (tmp_path / "store").glob("*.b2")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"shard-000000\.b2: (no image at byte|an image cannot be decoded)"):
+        [item["image"].whole() for item in load_datalist(tmp_path / "store")]
+    (tmp_path / "store" / INDEX).write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="no index that can be read"):
+        load_datalist(tmp_path / "store")
+
+
+# Twins
+
+
+def test_images_of_a_benchmark_are_left_out_and_listed(folder, tmp_path):
+    (tmp_path / "benchmark/fundus").mkdir(parents=True)
+    Image.open(folder / "fundus/1.png").convert("RGB").resize((230, 180)).save(tmp_path / "benchmark/fundus/x.jpg")
+    pack(tmp_path / "benchmark", tmp_path / "test_store", num_workers=1)
+    pack(folder / "fundus", tmp_path / "store", exclude_benchmark=[tmp_path / "test_store"], num_workers=1)
+    assert len(Store(tmp_path / "store")) == 2
+    with (tmp_path / "store-excluded.csv").open(encoding="utf-8") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [str(folder / "fundus/1.png")]
+    with pytest.raises(InputError, match="no finished store to exclude"):
+        pack(folder / "fundus", tmp_path / "other", exclude_benchmark=[tmp_path / "nowhere"])
+
+
+def test_nearly_the_same_images_are_counted(tmp_path):
+    (tmp_path / "images/dermoscopy").mkdir(parents=True)
+    photo = Image.fromarray(photographs.chelsea())
+    photo.save(tmp_path / "images/dermoscopy/a.png")
+    photo.save(tmp_path / "images/dermoscopy/b.jpg", quality=70)
+    photo.resize((300, 200)).save(tmp_path / "images/dermoscopy/c.png")
+    Image.fromarray(photographs.coffee()).save(tmp_path / "images/dermoscopy/d.png")
+    pack(tmp_path / "images", tmp_path / "store", num_workers=1)
+    assert Store(tmp_path / "store").alike.tolist() == [3, 3, 3, 1]
+
+
+def test_the_volumes_of_one_file_are_alike(tmp_path):
+    (tmp_path / "images/mri").mkdir(parents=True)
+    values = np.random.default_rng(0).random((12, 13, 14, 5)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "images/mri/bold.nii.gz")
+    pack(tmp_path / "images", tmp_path / "store", num_workers=1)
+    assert Store(tmp_path / "store").alike.tolist() == [5] * 5
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30), st.integers(0, 63), st.integers(0, 63))
+@settings(max_examples=100, deadline=None)
+def test_counting_near_hashes_agrees_with_comparing_all_pairs(numbers, a, b):
+    numbers = (
+        numbers + [number ^ (1 << a) for number in numbers[::2]] + [n ^ (1 << a) ^ (7 << b) % 2**64 for n in numbers]
+    )
+    hashes = np.array(numbers, dtype=np.uint64)
+    slow = [sum((x ^ y).bit_count() <= 3 for y in numbers) for x in numbers]
+    assert count_alike(hashes).tolist() == slow
+    half = len(numbers) // 2
+    slow = [sum((x ^ y).bit_count() <= 3 for y in numbers[half:]) for x in numbers[:half]]
+    assert count_alike(hashes[:half], hashes[half:]).tolist() == slow
+
+
+def test_a_hash_hardly_changes_with_size_and_changes_with_the_picture():
+    photo = Image.fromarray(photographs.chelsea())
+    small = perceptual_hash(np.asarray(photo.resize((200, 133))))
+    assert (perceptual_hash(np.asarray(photo)) ^ small).bit_count() <= 3
+    assert (perceptual_hash(photographs.coffee()) ^ small).bit_count() > 10
+
+
+def test_the_command_packs_and_a_bundle_could_load_it(folder, tmp_path, run):
+    done = run("-m", "biovfm_monai.cli", "pack", folder / "fundus", tmp_path / "store", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "store: ready, 3 images in 1 file(s)" in done.stdout
+    assert "1 duplicates (store-duplicates.csv)" in done.stdout
+    about = json.loads((tmp_path / "store/store.json").read_text())
+    assert about["spacing"] is None
