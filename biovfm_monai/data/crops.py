@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.dummy import DummyProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from monai.data import CacheDataset, MetaTensor
@@ -94,32 +94,27 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         self._transform: Callable[[Any], Any] | None
         if isinstance(data, Store):
             self.images, self._transform = data, transform
-            self._degrees: NDArray[Any] = data.degree if self.volumes else np.full(len(data), 5, dtype=np.int8)
-            source, modality, alike = data.labels("source"), data.labels("modality"), data.alike
-            rows = np.flatnonzero(self._fitting(data))
+            columns = _columns_of_store(data, self.crop_size, self.zoom[0])
+            if fraction != 1:
+                columns.usable[:] &= subset(columns.source, fraction, seed)
         else:
+            items = data if fraction == 1 else _share(data, fraction, seed)
             checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])])
-            self.images, self._transform = _cached(data, checked, cache_rate, num_workers), None
-            self._degrees = np.full(len(data), 5, dtype=np.int8)
-            if self.volumes:
-                self._degrees[:] = [degree_of(sample["image"]) for sample in self.images]
-            source, modality = _column(data, "source"), _column(data, "modality")
-            alike = np.array([item.get("alike", 1) for item in data], dtype=np.int32)
-            rows = np.arange(len(data))
-        if fraction != 1:
-            kept = subset(Labels(source.codes[rows], source.names), fraction, seed)
-            rows = rows[kept]
-        self._rows = rows
-        self._mixture = Mixture(
-            Labels(source.codes[rows], source.names), Labels(modality.codes[rows], modality.names),
-            bucket=Labels(self._degrees[rows], [str(degree) for degree in range(6)]) if self.volumes else None,
-            alike=alike[rows], batch_size=batch_size if self.volumes else 1, seed=seed, **mixing,
-        )  # fmt: skip
+            self.images, self._transform = _cached(items, checked, cache_rate, num_workers), None
+            columns = _columns_of_items(items, self.images if self.volumes else ())
+        self._degrees = columns.degrees
+        # All of 20 million rows need no list of them.
+        self._rows = None if columns.usable.all() else np.flatnonzero(columns.usable)
+        of = slice(None) if self._rows is None else self._rows
+        source, modality = (Labels(labels.codes[of], labels.names) for labels in (columns.source, columns.modality))
+        bucket = Labels(columns.degrees[of], [str(degree) for degree in range(6)]) if self.volumes else None
+        size = batch_size if self.volumes else 1
+        self._mixture = Mixture(source, modality, bucket, columns.alike[of], size, seed, **mixing)
         self._drawn = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
         """Images, that is crops per pass; numbers beyond it go on with the next pass."""
-        return len(self._rows)
+        return len(self.images if self._rows is None else self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Crop of the given number: {"image": C x crop, "modality": name}, and of volumes their "anisotropy"."""
@@ -127,7 +122,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         sample = self.images[row]
         degree = int(self._degrees[row])
         crop = self._cut(sample["image"], degree, np.random.default_rng((self.seed, number, 1)))
-        if self._transform is not None:
+        if self._transform is not None:  # of a store, whose images are prepared
             crop = self._transform({**sample, "image": crop})["image"]
         result = {"image": crop, "modality": sample["modality"]}
         return result | {"anisotropy": degree} if self.volumes else result
@@ -153,20 +148,46 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     def _row(self, number: int) -> int:
         block, place = divmod(number, _BLOCK)
         if self._drawn[0] != block:
-            self._drawn = (block, self._rows[self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))])
+            rows = self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
+            self._drawn = (block, rows if self._rows is None else self._rows[rows])
         return int(self._drawn[1][place])
 
-    def _fitting(self, store: Store) -> NDArray[np.bool_]:
-        """Which images of a store are large enough."""
-        fits = np.zeros(len(store), dtype=bool)
-        for degree in np.unique(self._degrees):
-            fits |= (self._degrees == degree) & store.at_least(_least(self.crop_size, degree, self.zoom[0]))
-        if not fits.all():
-            logger.warning(
-                "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~fits).sum(),
-                len(fits), " x ".join(map(str, self.crop_size)),
-            )  # fmt: skip
-        return fits
+
+class _Columns(NamedTuple):
+    """What the order of images depends on, one entry per image."""
+
+    source: Labels
+    modality: Labels
+    alike: NDArray[Any]
+    degrees: NDArray[Any]
+    usable: NDArray[np.bool_]
+
+
+def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _Columns:
+    """The columns of a store, in which only images that are large enough are usable."""
+    degrees = store.degree if len(crop_size) == 3 else np.full(len(store), 5, dtype=np.int8)
+    usable = store.at_least(np.array([_least(crop_size, degree, zoom) for degree in range(6)]), degrees)
+    if not usable.all():
+        logger.warning(
+            "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~usable).sum(),
+            len(usable), " x ".join(map(str, crop_size)),
+        )  # fmt: skip
+    return _Columns(store.labels("source"), store.labels("modality"), store.alike, degrees, usable)
+
+
+def _columns_of_items(items: Sequence[dict[str, Any]], volumes: Sequence[dict[str, Any]]) -> _Columns:
+    """The columns of a datalist; of images that are cut as volumes the degrees of anisotropy, too."""
+    degrees = np.full(len(items), 5, dtype=np.int8)
+    if len(volumes):
+        degrees[:] = [degree_of(sample["image"]) for sample in volumes]
+    alike = np.array([item.get("alike", 1) for item in items], dtype=np.int32)
+    everything = np.ones(len(items), dtype=bool)
+    return _Columns(_column(items, "source"), _column(items, "modality"), alike, degrees, everything)
+
+
+def _share(items: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:
+    kept = subset(_column(items, "source"), fraction, seed)
+    return [item for item, keep in zip(items, kept, strict=True) if keep]
 
 
 def _cached(

@@ -21,19 +21,21 @@ from tqdm import tqdm
 from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data.datalist import read_datalist
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
+from biovfm_monai.data.encoding import encode, frame_of
 from biovfm_monai.data.find import find_images, hashed
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
-from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, encode, frame_of, shard_name
+from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import require_writable, write_atomically
 from biovfm_monai.sheet import middle_slice
 
 __all__ = ["pack"]
 
+_SIZE = ("channels", "depth", "height", "width")
 _FIELDS = pa.schema(
     {
-        "shard": pa.int32(), "start": pa.uint32(), "bytes": pa.int64(), "shape": pa.list_(pa.int32(), 4),
+        "shard": pa.int32(), "start": pa.uint32(), "bytes": pa.int64(), **{name: pa.int32() for name in _SIZE},
         "dtype": pa.string(), "spacing": pa.list_(pa.float32(), 3), "anisotropy": pa.int8(), "modality": pa.string(),
         "source": pa.string(), "subject": pa.string(), "split": pa.string(), "label": pa.string(),
         "alike": pa.int32(), "checksum": pa.string(), "hash": pa.uint64(),
@@ -200,7 +202,8 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
     digest.update(np.ascontiguousarray(encoded.numbers).data)
     subject = item.get("subject")
     row = {
-        "shape": list(image.shape), "dtype": str(encoded.numbers.dtype), "spacing": spacing, "anisotropy": degree,
+        **dict(zip(_SIZE, image.shape, strict=True)), "dtype": str(encoded.numbers.dtype),
+        "spacing": spacing, "anisotropy": degree,
         "modality": item["modality"], "source": item.get("source", ""), "split": item.get("split", "training"),
         "subject": None if subject is None else hashed(f"{item.get('source', '')}/{subject}", salt),
         "label": json.dumps(item["label"]) if "label" in item else None, "alike": item.get("alike", 1),
@@ -236,6 +239,8 @@ def _finish(out: Path, count: int, benchmarks: Sequence[str | Path]) -> str:
         _write_list(out.with_name(f"{out.name}-{name}.csv"), rows)
     if not len(table):
         raise InputError(f"{out}: no image is left to store. See {out}-*.csv for the reasons.")
+    images = np.bincount(table.column("shard").to_numpy(), minlength=count).tolist()
+    table = table.replace_schema_metadata({"images": json.dumps(images)})
     with write_atomically(out / INDEX) as draft:
         pq.write_table(table, draft, row_group_size=2**20)
     for number in range(count):

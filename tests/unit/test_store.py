@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,8 @@ from biovfm_monai.data import (
 )
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
 from biovfm_monai.data.preprocessing import degree_of
-from biovfm_monai.data.store import INDEX, decode, encode
+from biovfm_monai.data.encoding import decode, encode
+from biovfm_monai.data.store import INDEX
 from biovfm_monai.errors import InputError
 
 # Numbers
@@ -265,6 +267,16 @@ def test_worker_processes_see_the_same_crops_in_the_same_order(store, workers):
     for a, b in zip(first, other, strict=True):
         assert torch.equal(a["image"], b["image"])
         assert a["modality"] == b["modality"]
+
+
+def test_a_dataset_of_a_store_can_be_sent_to_another_process(store):
+    crops = RandomCropDataset(Store(store), training_transform(1), (8, 32, 24))
+    again = pickle.loads(pickle.dumps(crops))  # noqa: S301 - our own
+    assert torch.equal(again[3]["image"], crops[3]["image"])
+
+
+def test_a_fraction_of_a_store_keeps_its_share(store):
+    assert len(RandomCropDataset(Store(store), training_transform(1), (16, 16), fraction=0.5)) == 5
 
 
 def test_a_damaged_shard_is_named(store, tmp_path):
