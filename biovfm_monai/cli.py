@@ -75,7 +75,7 @@ def pack(
         out: folder of the store, which can then be a --dataset_dir.
         spacing: mm along depth, height and width to resample volumes to, such as [2,1,1].
         presets: options of the modalities' presets, such as "{'ct':{'window':'lung'}}".
-        modality: of every image of a folder.
+        modality: of the images of a folder that neither a header nor a folder's name gives one.
         exclude_benchmark: stores of evaluation sets, images of which are left out and listed.
         salt: secret word, to give a subject the same name in other stores, too.
         num_workers: processes; -1 for all cores.

@@ -44,7 +44,7 @@ def load_datalist(
     Args:
         dataset_dir: store, or folder with images, or with a datalist whose paths are relative to it.
         section: which list of the datalist; images found without one are all "training", unless they say otherwise.
-        modality: modality of every item, whatever headers and folders say.
+        modality: of the items, where not all are wanted; those that neither a header nor a folder gives one have it.
 
     Returns:
         Dicts with "image" (absolute path, or those of a volume's slices), "modality", and "spacing", "subject",
@@ -57,9 +57,7 @@ def load_datalist(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")
     if is_store(folder):
-        if modality is not None:
-            raise InputError(f"{folder}: a store says the modality of each image. Leave --modality out.")
-        return Store(folder, section)
+        return Store(folder, section, modality)
     path = next((path for path in (folder / DATALIST, folder / "datalist.parquet") if path.is_file()), None)
     if path is not None:
         items = require_modality(read_datalist(path, section)[section], modality)

@@ -69,7 +69,7 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
 
     Args:
         folder: what is looked through.
-        modality: modality of every image, whatever headers and folders say.
+        modality: of the images, where not all are wanted; those that neither a header nor a folder gives one have it.
 
     Returns:
         Dicts with "image", "modality", "shape" (voxels along x, y, z), "channels", "dtype", "anisotropy", and where
@@ -94,19 +94,34 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
 
 
 def require_modality(items: list[Item], modality: str | None = None) -> list[Item]:
-    """Give all items a modality, or refuse those that have none.
+    """The items of one modality, or of all; those that tell none have the one that is asked for.
 
     Raises:
-        InputError: naming the first image without one.
+        InputError: when all are of another modality, or one tells none and none is asked for, naming it.
     """
+    wanted = []
     for item in items:
-        item["modality"] = modality or item.get("modality")
-        if item["modality"] is None:
+        own = item.get("modality") or modality
+        if own is None:
             raise InputError(
                 f"{item['image']}: cannot tell the modality. Put the file into a folder named after it "
                 f"({', '.join(modalities.__all__)}), or give one --modality for all files."
             )
-    return items
+        if modality in (None, own):
+            wanted.append({**item, "modality": own})
+    if items and not wanted:
+        there = ", ".join(sorted({item["modality"] for item in items}))
+        raise InputError(
+            f"{items[0]['image']}: no image of modality {modality!r}, but {others}. Give another --modality."
+        )
+    if len(wanted) < len(items):
+        logger.info(
+            "%d of %d images are of another modality than %s, and left out",
+            len(items) - len(wanted),
+            len(items),
+            modality,
+        )
+    return wanted
 
 
 def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) -> Iterator[Findings]:

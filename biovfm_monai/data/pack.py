@@ -67,7 +67,7 @@ def pack(
         out: folder of the store.
         spacing: mm along depth, height and width that volumes are resampled to; None to keep theirs.
         presets: options of the modalities' presets, as for `ByModalityd`.
-        modality: of every image of a folder.
+        modality: of the images of a folder, as for `load_datalist`.
         exclude_benchmark: stores whose images, whole or nearly, are left out and listed in `OUT-excluded.csv`.
         salt: makes the subjects' names, so that they are the same in another store; by default a random one.
         num_workers: processes; -1 for as many as there are cores.

@@ -77,12 +77,13 @@ class Store(Sequence[dict[str, Any]]):
     Args:
         path: folder that `pack` wrote.
         section: of the datalist it was packed from.
+        modality: of the images, where not all are wanted.
 
     Raises:
-        InputError: when the folder holds no store, one that is not finished, or no such section.
+        InputError: when the folder holds no store, one that is not finished, or no such section or modality.
     """
 
-    def __init__(self, path: str | Path, section: str = "training") -> None:
+    def __init__(self, path: str | Path, section: str = "training", modality: str | None = None) -> None:
         self.path = Path(path).expanduser().resolve()
         if not is_store(self.path):
             raise InputError(f"{self.path}: no store. Write one with `biovfm pack DATALIST --out {self.path}`.")
@@ -93,13 +94,19 @@ class Store(Sequence[dict[str, Any]]):
         with readable(self.path / INDEX, "no index that can be read"):
             schema = pq.read_schema(self.path / INDEX)
             self._ends = np.cumsum(json.loads(schema.metadata[b"images"]))
-        split = self._labels("split")
-        if section not in split.names:
-            raise InputError(f"{self.path}: has no section {section!r}, but {', '.join(split.names)}. Name another.")
+        chosen = self._where("split", section)
+        if modality is not None:
+            chosen &= self._where("modality", modality)
         # A store of one section needs no list of its rows.
-        self._rows = None if len(split.names) == 1 else np.flatnonzero(split.codes == split.names.index(section))
+        self._rows = None if chosen.all() else np.flatnonzero(chosen)
         self._starts = self._column("start", np.uint32)
         self._cached: dict[str, Labels] = {}
+
+    def _where(self, column: str, name: str) -> NDArray[np.bool_]:
+        labels = self._labels(column)
+        if name not in labels.names:
+            raise InputError(f"{self.path}: has no {column} {name!r}, but {', '.join(labels.names)}. Name another.")
+        return labels.codes == labels.names.index(name)
 
     def __len__(self) -> int:
         return len(self._starts)

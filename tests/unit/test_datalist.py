@@ -57,12 +57,23 @@ def test_paths_of_a_datalist_are_relative_to_its_folder_and_other_entries_stay(t
     assert load_datalist(tmp_path, "test") == expected
 
 
-@pytest.mark.parametrize(("override", "expected"), [(None, "microscopy"), ("fundus", "fundus")])
-def test_the_modality_is_the_nearest_folders_unless_one_is_given_for_all(tmp_path, override, expected):
+def test_the_modality_is_the_nearest_folders(tmp_path):
     folder = tmp_path / "ct/Microscopy/plate 1"
     folder.mkdir(parents=True)
     write_png(folder / "a.png", np.eye(4, dtype=np.uint8))
-    assert [item["modality"] for item in load_datalist(tmp_path, modality=override)] == [expected]
+    assert [item["modality"] for item in load_datalist(tmp_path)] == ["microscopy"]
+
+
+def test_a_modality_is_given_to_images_that_tell_none_and_leaves_out_those_of_another(tmp_path, caplog):
+    for name in ("ct/a.png", "mri/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / name, np.eye(4, dtype=np.uint8))
+    with caplog.at_level("INFO"):
+        items = load_datalist(tmp_path, modality="ct")
+    assert [(Path(item["image"]).name, item["modality"]) for item in items] == [("c.png", "ct"), ("a.png", "ct")]
+    assert "1 of 3 images are of another modality than ct" in caplog.text
+    with pytest.raises(InputError, match=r"b\.png: not of modality 'oct' but mri"):
+        load_datalist(tmp_path / "mri", modality="oct")
 
 
 def test_the_dataset_folders_own_name_tells_the_modality_but_none_above_it(tmp_path):

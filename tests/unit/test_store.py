@@ -33,8 +33,8 @@ from biovfm_monai.data import (
     training_transform,
 )
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
-from biovfm_monai.data.preprocessing import degree_of
 from biovfm_monai.data.encoding import decode, encode
+from biovfm_monai.data.preprocessing import degree_of
 from biovfm_monai.data.store import INDEX
 from biovfm_monai.errors import InputError
 
@@ -234,8 +234,15 @@ def test_sections_and_labels_are_those_of_the_datalist(tmp_path):
     assert [item["label"] for item in training] == [0, 1, 2, 3, 4, 5]
     assert [item["label"] for item in test] == [0, 1, 2]
     assert torch.equal(test[2]["image"][0, 0].mul(255).round().byte(), torch.from_numpy(images[8]))
-    with pytest.raises(InputError, match="has no section 'valid', but t"):
+    with pytest.raises(InputError, match="has no split 'valid', but t"):
         load_datalist(tmp_path / "store", "valid")
+
+
+def test_one_modality_of_a_store_can_be_had(store):
+    assert {item["modality"] for item in load_datalist(store, modality="mri")} == {"mri"}
+    assert len(load_datalist(store, modality="mri")) == 3
+    with pytest.raises(InputError, match="has no modality 'oct', but"):
+        load_datalist(store, modality="oct")
 
 
 def test_an_encoder_takes_images_of_a_store_whole(folder, store):
