@@ -112,7 +112,7 @@ def require_modality(items: list[Item], modality: str | None = None) -> list[Ite
     if items and not wanted:
         there = ", ".join(sorted({item["modality"] for item in items}))
         raise InputError(
-            f"{items[0]['image']}: no image of modality {modality!r}, but {others}. Give another --modality."
+            f"{items[0]['image']}: not of modality {modality!r} but {there}, as all. Give another --modality."
         )
     if len(wanted) < len(items):
         logger.info(
