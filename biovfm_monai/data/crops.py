@@ -17,31 +17,15 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from biovfm_monai.data.mixture import Labels, Mixture, subset
-from biovfm_monai.data.preprocessing import degree_of, source_of
+from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store
 from biovfm_monai.errors import InputError
 
-__all__ = ["RandomCropDataset", "crop_of_degree"]
+__all__ = ["RandomCropDataset"]
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1024
-
-
-def crop_of_degree(crop_size: Sequence[int], degree: int) -> tuple[int, int, int]:
-    """Voxels along depth, height and width of a crop that shows as much of thick slices as `crop_size` of thin ones.
-
-    Args:
-        crop_size: (height, width) for one slice, or (depth, height, width) of isotropic volumes.
-        degree: of anisotropy: each one halves the depth, and at 5 a crop is one slice.
-
-    Raises:
-        InputError: when crop_size is no two or three positive numbers.
-    """
-    if isinstance(crop_size, int) or len(crop_size) not in (2, 3) or min(crop_size) < 1:
-        raise InputError(f"crop_size {crop_size} must be two or three positive numbers. Give one such as [96,96].")
-    *depth, height, width = crop_size
-    return (max(depth[0] >> degree, 1) if depth and degree < 5 else 1), height, width
 
 
 class RandomCropDataset(Dataset[dict[str, Any]]):

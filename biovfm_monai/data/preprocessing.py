@@ -129,7 +129,8 @@ class MatchChannelsd(MapTransform):
 class FitSized(MapTransform):
     """Scale an image so that it fits into a size, keep its proportions, and pad the rest with zeros.
 
-    A 2D size applies to every slice; slices are thinned out evenly to at most `max_slices`.
+    A 2D size applies to every slice, and so does a 3D one to 2D images and films; slices are then thinned out evenly to
+    at most `max_slices`. Of thick slices as many fewer fit as their degree of anisotropy says, which the affine keeps.
     """
 
     def __init__(self, keys: KeysCollection, img_size: Sequence[int], max_slices: int = 32) -> None:
@@ -141,18 +142,45 @@ class FitSized(MapTransform):
         """Fit one sample's images, C x depth x height x width."""
         sample = dict(data)
         for key in self.key_iterator(sample):
-            image = sample[key]
-            target = self.img_size
-            if len(target) == 2:
-                count = min(image.shape[1], self.max_slices)
-                image = image[:, torch.linspace(0, image.shape[1] - 1, count).round().long()]
-                target = (count, *target)
-            first = 1 if len(self.img_size) == 2 else 0
-            ratio = min(t / n for t, n in zip(target[first:], image.shape[1 + first :], strict=True))
-            scaled = [max(round(n * ratio), 1) for n in image.shape[1 + first :]]
-            image = Resize((*target[:first], *scaled), mode="area" if ratio < 1 else "trilinear")(image)
-            sample[key] = SpatialPad(target)(image)
+            sample[key] = self._fitted(sample[key])
         return sample
+
+    def _fitted(self, image: Tensor) -> Tensor:
+        volumes, degree = len(self.img_size) == 3, degree_of(image)
+        flat = not volumes or degree == 5
+        spacing = spacing_of(image) or [1.0, 1.0, 1.0]
+        if flat:
+            count = min(image.shape[1], self.max_slices)
+            image = image[:, torch.linspace(0, image.shape[1] - 1, count).round().long()]
+            target = (count, *self.img_size[-2:])
+        else:
+            target = crop_of_degree(self.img_size, degree)
+        ratio = min(t / n for t, n in zip(target[flat:], image.shape[1 + flat :], strict=True))
+        scaled = [max(round(n * ratio), 1) for n in image.shape[1 + flat :]]
+        image = Resize((*target[:flat], *scaled), mode="area" if ratio < 1 else "trilinear")(image)
+        image = SpatialPad(target)(image)
+        if volumes and isinstance(image, MetaTensor):
+            affine = torch.diag(
+                torch.tensor([APART if flat else spacing[0] / ratio, *(n / ratio for n in spacing[1:]), 1])
+            )
+            image = MetaTensor(image.as_tensor(), affine=affine.double(), meta=image.meta | {"affine": affine.double()})
+        return image
+
+
+def crop_of_degree(crop_size: Sequence[int], degree: int) -> tuple[int, int, int]:
+    """Voxels along depth, height and width of a crop that shows as much of thick slices as `crop_size` of thin ones.
+
+    Args:
+        crop_size: (height, width) for one slice, or (depth, height, width) of isotropic volumes.
+        degree: of anisotropy: each one halves the depth, and at 5 a crop is one slice.
+
+    Raises:
+        InputError: when crop_size is no two or three positive numbers.
+    """
+    if isinstance(crop_size, int) or len(crop_size) not in (2, 3) or min(crop_size) < 1:
+        raise InputError(f"crop_size {crop_size} must be two or three positive numbers. Give one such as [96,96].")
+    *depth, height, width = crop_size
+    return (max(depth[0] >> degree, 1) if depth and degree < 5 else 1), height, width
 
 
 def degree_of(image: Tensor) -> int:

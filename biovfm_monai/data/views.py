@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biovfm_monai.data.crops import crop_of_degree
+from biovfm_monai.data.preprocessing import crop_of_degree
 from biovfm_monai.errors import InputError
 
 __all__ = ["RandomResizedCrop"]

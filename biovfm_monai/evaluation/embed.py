@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
 from monai.transforms import Compose
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder
@@ -78,8 +78,9 @@ def embed(
 
 
 def _stack(samples: list[dict[str, Any]]) -> torch.Tensor:
-    images = [s["image"] for s in samples]
-    return torch.stack([image.as_tensor() if isinstance(image, MetaTensor) else image for image in images])
+    """A batch with the affines of its images, which tell an encoder of volumes how thick slices are."""
+    images = [sample["image"] for sample in samples]
+    return list_data_collate(images) if isinstance(images[0], MetaTensor) else torch.stack(images)
 
 
 def embed_files(
