@@ -160,10 +160,10 @@ class FitSized(MapTransform):
         image = Resize((*target[:flat], *scaled), mode="area" if ratio < 1 else "trilinear")(image)
         image = SpatialPad(target)(image)
         if volumes and isinstance(image, MetaTensor):
-            affine = torch.diag(
-                torch.tensor([APART if flat else spacing[0] / ratio, *(n / ratio for n in spacing[1:]), 1])
-            )
-            image = MetaTensor(image.as_tensor(), affine=affine.double(), meta=image.meta | {"affine": affine.double()})
+            apart = APART if flat else spacing[0] / ratio
+            affine = torch.diag(torch.tensor([apart, *(n / ratio for n in spacing[1:]), 1], dtype=torch.float64))
+            meta = {key: value for key, value in image.meta.items() if key != "affine"}
+            image = MetaTensor(image.as_tensor(), affine=affine, meta=meta)
         return image
 
 

@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from biovfm_monai.anisotropy import spacing_of
+from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data import (
     ByModalityd,
     FitSized,
@@ -22,7 +23,8 @@ from biovfm_monai.data import (
 )
 from biovfm_monai.data.modalities.base import Resampled, SlicesFirstd
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import vit_tiny
+from biovfm_monai.evaluation import embed_files, transform_of
+from biovfm_monai.networks import Embedder, spad_vit_tiny, vit_tiny
 
 STORED = ["RAS", "LPS", "SPL", "AIR", "PSR", "ILA"]
 
@@ -349,3 +351,24 @@ def test_fitting_thins_slices_evenly_and_keeps_both_ends():
 def test_a_spacing_to_resample_to_must_be_three_positive_numbers(spacing):
     with pytest.raises(InputError, match="three positive numbers"):
         ByModalityd("image", spacing)
+
+
+def test_an_encoder_of_volumes_embeds_2d_images_and_thick_slices_for_what_they_are(tmp_path):
+    encoder = spad_vit_tiny(in_channels=1, img_size=(64, 64, 64), patch_size=(16, 16, 16), depth=1).eval()
+    save_encoder(encoder, tmp_path / "e.safetensors", preprocessing={"mean": 0.5, "std": 0.5})
+    (tmp_path / "mri").mkdir()
+    rng = np.random.default_rng(0)
+    write_png(tmp_path / "mri/a.png", rng.integers(0, 255, (64, 64), dtype=np.uint8))
+    write_nifti(tmp_path / "mri/b.nii.gz", rng.random((64, 64, 16)), spacing=(1, 1, 4.2))
+    write_nifti(tmp_path / "mri/c.nii.gz", rng.random((64, 64, 64)))
+    embed_files([tmp_path / "mri"], tmp_path / "e.safetensors", tmp_path / "out.npz")
+    embeddings = np.load(tmp_path / "out.npz")["embeddings"]
+    transform = transform_of(tmp_path / "e.safetensors")
+    for item, embedding, degree, depth in zip(
+        find_images(tmp_path / "mri"), embeddings, (5, 2, 0), (1, 16, 64), strict=True
+    ):
+        image = transform(item)["image"].as_tensor()
+        assert image.shape == (1, depth, 64, 64)
+        with torch.no_grad():
+            expected = Embedder(encoder)(image[None], anisotropy=degree)[0].numpy()
+        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-5)
