@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from biovfm_monai.data.mixture import Labels, Mixture, subset
+from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store
 from biovfm_monai.errors import InputError
@@ -34,7 +34,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     Every image gives one crop per pass, in an order of the pass's own, unless sources are weighed or images are nearly
     the same (`Mixture`). With a crop_size of three numbers images of all degrees of anisotropy are mixed, as in PUMIT
     (https://github.com/function2-llx/PUMIT): a batch has one degree and one shape, thick slices are cut to fewer, and
-    2D images to one.
+    2D images, films, and volumes with fewer slices than the crop to one.
 
     Args:
         data: datalist items, or a `Store`, of which only what a crop shows is read.
@@ -85,7 +85,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             items = data if fraction == 1 else _share(data, fraction, seed)
             checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])])
             self.images, self._transform = _cached(items, checked, cache_rate, num_workers), None
-            columns = _columns_of_items(items, self.images if self.volumes else ())
+            volumes = self.images if self.volumes else ()
+            columns = _columns_of_items(items, volumes, self.crop_size, self.zoom[0])
         self._degrees = columns.degrees
         # All of 20 million rows need no list of them.
         self._rows = None if columns.usable.all() else np.flatnonzero(columns.usable)
@@ -101,14 +102,21 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         return len(self.images if self._rows is None else self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Crop of the given number: {"image": C x crop, "modality": name}, and of volumes their "anisotropy"."""
+        """Crop of the given number: {"image": C x crop, "modality": name, "key": of its random numbers (`uniform`)}.
+
+        Of volumes there is their degree of "anisotropy", too.
+        """
         row = self._row(number)
         sample = self.images[row]
         degree = int(self._degrees[row])
         crop = self._cut(sample["image"], degree, np.random.default_rng((self.seed, number, 1)))
         if self._transform is not None:  # of a store, whose images are prepared
             crop = self._transform({**sample, "image": crop})["image"]
-        result = {"image": crop, "modality": sample["modality"]}
+        result = {
+            "image": crop,
+            "modality": sample["modality"],
+            "key": int(mixed(self.seed, 5, number) >> np.uint64(1)),
+        }
         return result | {"anisotropy": degree} if self.volumes else result
 
     def _cut(self, image: Any, degree: int, generator: np.random.Generator) -> Tensor:
@@ -149,8 +157,14 @@ class _Columns(NamedTuple):
 
 def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _Columns:
     """The columns of a store, in which only images that are large enough are usable."""
-    degrees = store.degree if len(crop_size) == 3 else np.full(len(store), 5, dtype=np.int8)
-    usable = store.at_least(np.array([_least(crop_size, degree, zoom) for degree in range(6)]), degrees)
+    depths = np.array([_least(crop_size, degree, zoom)[0] for degree in range(6)])
+    _, height, width = _least(crop_size, 5, zoom)
+    usable = (store.size("height") >= height) & (store.size("width") >= width)
+    degrees = np.full(len(store), 5, dtype=np.int8)
+    if len(crop_size) == 3:
+        deep = store.size("depth") >= depths.astype(np.uint16)[store.degree]
+        degrees[deep] = store.degree[deep]
+        _note_thin(int((usable & ~deep).sum()), len(store))
     if not usable.all():
         logger.warning(
             "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~usable).sum(),
@@ -159,11 +173,14 @@ def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _C
     return _Columns(store.labels("source"), store.labels("modality"), store.alike, degrees, usable)
 
 
-def _columns_of_items(items: Sequence[dict[str, Any]], volumes: Sequence[dict[str, Any]]) -> _Columns:
+def _columns_of_items(
+    items: Sequence[dict[str, Any]], volumes: Sequence[dict[str, Any]], crop_size: Sequence[int], zoom: float
+) -> _Columns:
     """The columns of a datalist; of images that are cut as volumes the degrees of anisotropy, too."""
     degrees = np.full(len(items), 5, dtype=np.int8)
     if len(volumes):
-        degrees[:] = [degree_of(sample["image"]) for sample in volumes]
+        degrees[:] = [_degree(sample["image"], crop_size, zoom) for sample in volumes]
+        _note_thin(sum(degree_of(sample["image"]) < 5 for sample in volumes) - int((degrees < 5).sum()), len(items))
     alike = np.array([item.get("alike", 1) for item in items], dtype=np.int32)
     everything = np.ones(len(items), dtype=bool)
     return _Columns(_column(items, "source"), _column(items, "modality"), alike, degrees, everything)
@@ -205,6 +222,21 @@ def _least(crop_size: Sequence[int], degree: int, zoom: float) -> NDArray[np.int
     return np.where(target > 1, np.rint(target * zoom), 1).astype(np.int64)
 
 
+def _degree(image: Tensor, crop_size: Sequence[int], zoom: float) -> int:
+    """Degree of anisotropy by which an image is cut: 5 where its slices are too few for its own."""
+    degree = degree_of(image)
+    return degree if image.shape[1] >= _least(crop_size, degree, zoom)[0] else 5
+
+
+def _note_thin(count: int, of: int) -> None:
+    if count:
+        logger.info(
+            "%d of %d images have fewer slices than a crop, or no distance between them: single slices are cut",
+            count,
+            of,
+        )
+
+
 class _LargeEnough(Transform):
     """Refuses a sample that no crop can be cut from."""
 
@@ -213,7 +245,7 @@ class _LargeEnough(Transform):
 
     def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         image = sample["image"]
-        least = _least(self.crop_size, degree_of(image), self.zoom).tolist()
+        least = _least(self.crop_size, _degree(image, self.crop_size, self.zoom), self.zoom).tolist()
         if any(n < needed for n, needed in zip(image.shape[1:], least, strict=True)):
             size, needed = (" x ".join(str(n) for n in of) for of in (image.shape[1:], least))
             raise InputError(

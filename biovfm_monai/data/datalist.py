@@ -37,7 +37,7 @@ _ROWS = 65536
 
 
 def load_datalist(
-    dataset_dir: str | Path, section: str = "training", modality: str | None = None
+    dataset_dir: str | Path | None, section: str = "training", modality: str | None = None
 ) -> Sequence[dict[str, Any]]:
     """Items of a dataset folder: a store's, those of its datalist.json or .parquet, or else all images found below it.
 
@@ -53,6 +53,8 @@ def load_datalist(
     Raises:
         InputError: when the folder is missing or empty, or an item has no file or no modality.
     """
+    if dataset_dir is None:
+        raise InputError("no folder of images is given. Give it as --dataset_dir.")
     folder = Path(dataset_dir).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Give the folder that holds your images as --dataset_dir.")

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from biovfm_monai.data.duplicates import weight_of
 from biovfm_monai.errors import InputError
 
-__all__ = ["Labels", "Mixture", "permute", "subset"]
+__all__ = ["Labels", "Mixture", "mixed", "permute", "subset"]
 
 _ROUNDS = 8
 _RESOLUTION = 100
@@ -40,16 +40,16 @@ class Labels(NamedTuple):
         return cls(codes.astype(np.int32), names.tolist())
 
 
-def _mixed(*numbers: ArrayLike) -> NDArray[np.uint64]:
+def mixed(*numbers: ArrayLike) -> NDArray[np.uint64]:
     """One well-mixed number from several, element by element (splitmix64, https://doi.org/10.1145/2660193.2660195)."""
-    mixed: NDArray[np.uint64] = np.zeros((), dtype=np.uint64)
+    result: NDArray[np.uint64] = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for number in numbers:
-            z = mixed + np.asarray(number).astype(np.uint64) + _GOLDEN
+            z = result + np.asarray(number).astype(np.uint64) + _GOLDEN
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = z ^ (z >> np.uint64(31))
-    return mixed
+            result = z ^ (z >> np.uint64(31))
+    return result
 
 
 def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> Integers:
@@ -63,7 +63,7 @@ def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> Integers:
     )
     # Numbers of two digits, the bases of which are near the root of the size, so that few walks leave it.
     high_base = np.ceil(np.sqrt(size)).astype(np.uint64).ravel()
-    size, result, first = size.ravel(), x.ravel().copy(), _mixed(key).ravel()
+    size, result, first = size.ravel(), x.ravel().copy(), mixed(key).ravel()
     low_base = (size + high_base - np.uint64(1)) // high_base
     keys = [first + step for step in np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN]
     walking: Any = slice(None)
@@ -102,7 +102,7 @@ class _Wheel:
         """Which member each number brings up, and a number of its own for each time that it comes up."""
         count = int(self.ends[-1])
         turn, place = np.divmod(number, count)
-        slot = permute(place, count, _mixed(self.key, turn))
+        slot = permute(place, count, mixed(self.key, turn))
         member = np.searchsorted(self.ends, slot, side="right")
         slots = self.slots[member]
         before = np.asarray(turn * slots + slot - (self.ends[member] - slots), dtype=np.int64)
@@ -172,9 +172,9 @@ class Mixture:
             (starts[used & (b == n)], counts[used & (b == n)], np.flatnonzero(used & (b == n))) for n in buckets
         ]
         totals = np.array([share[of].sum() for _, _, of in self._groups])
-        self._batches = _Wheel(totals / share.sum(), len(buckets), int(_mixed(seed, 1)))
+        self._batches = _Wheel(totals / share.sum(), len(buckets), int(mixed(seed, 1)))
         self._wheels = [
-            _Wheel(share[of] / total, int(size.sum()), int(_mixed(seed, 2, n)))
+            _Wheel(share[of] / total, int(size.sum()), int(mixed(seed, 2, n)))
             for (_, size, of), total, n in zip(self._groups, totals, buckets, strict=True)
         ]
 
@@ -200,7 +200,7 @@ class Mixture:
             starts, sizes, groups = self._groups[bucket]
             member, seen = self._wheels[bucket].draw(turns[of] * self.batch_size + number[of] % self.batch_size)
             turn, place = np.divmod(seen, sizes[member])
-            key = _mixed(self.seed, 3, groups[member], turn)
+            key = mixed(self.seed, 3, groups[member], turn)
             result[of] = self._order[starts[member] + permute(place, sizes[member], key)]
         return result
 
@@ -224,7 +224,7 @@ def subset(source: Labels, fraction: float, seed: int = 0) -> NDArray[np.bool_]:
     for code, (size, end) in enumerate(zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True)):
         count = min(size, max(round(fraction * size), 1))
         for first in range(0, count, _CHUNK):
-            chosen = permute(np.arange(first, min(first + _CHUNK, count)), size, _mixed(seed, 4, code))
+            chosen = permute(np.arange(first, min(first + _CHUNK, count)), size, mixed(seed, 4, code))
             kept[order[end - size + chosen]] = True
     return kept
 

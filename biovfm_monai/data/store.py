@@ -147,17 +147,9 @@ class Store(Sequence[dict[str, Any]]):
         """How many images each one is nearly the same as, itself among them; counted to 65,535."""
         return self._column("alike", np.uint16)
 
-    def at_least(self, sizes: NDArray[Any], which: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which images have the depth, height and width that they need.
-
-        Args:
-            sizes: n x 3, what may be needed.
-            which: of these n, for each image.
-        """
-        fits = np.ones(len(self), dtype=bool)
-        for axis, name in enumerate(("depth", "height", "width")):
-            fits &= self._column(name, np.int32) >= sizes[:, axis].astype(np.int32)[which]
-        return fits
+    def size(self, axis: str) -> NDArray[Any]:
+        """Voxels of each image along an axis, "depth", "height" or "width"; counted to 65,535."""
+        return self._column(axis, np.uint16)
 
     def _column(self, name: str, dtype: DTypeLike) -> NDArray[Any]:
         """A column of numbers of this section, read a piece at a time into the smallest type."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai.data.preprocessing import crop_of_degree
+from biovfm_monai.draws import random_keys, uniform
 from biovfm_monai.errors import InputError
 
 __all__ = ["RandomResizedCrop"]
@@ -47,32 +48,30 @@ class RandomResizedCrop:
         self.scale, self.ratio, self.flip, self.rotation = scale, ratio, flip, rotation
         self.mean, self.std = mean, std
 
-    def draw(self, image: Tensor, anisotropy: int = 0, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, image: Tensor, anisotropy: int = 0, keys: Tensor | None = None) -> Tensor:
         """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)), one per image of a batch.
 
         Args:
             image: B x C x D x H x W, whose size, number and device count; voxels are as high as they are wide.
             anisotropy: degree of anisotropy of volumes.
-            generator: source of randomness on that device; None for torch's own.
+            keys: of the images' random numbers, as `uniform` takes them; None for random ones.
 
         Returns:
             B x dims x (dims + 1).
         """
-        dims, batch_size = len(self.img_size), image.shape[0]
-
-        def uniform(low: float, high: float, *size: int) -> Tensor:
-            return low + (high - low) * torch.rand(batch_size, *size, device=image.device, generator=generator)
-
+        dims = len(self.img_size)
+        keys = random_keys(image.shape[0], image.device) if keys is None else keys.to(image.device)
+        size, stretching, flipping, turning, *places = uniform(keys, 4 + dims).unbind(1)
         source, largest = self._source(image), self._largest(image, anisotropy)
-        extent = uniform(self.scale[0], self.scale[1])[:, None] ** (1 / dims) * largest
+        extent = _between(*self.scale, size)[:, None] ** (1 / dims) * largest
         if dims == 2:
-            stretch = uniform(math.log(self.ratio[0]), math.log(self.ratio[1])).mul(0.5).exp()
+            stretch = _between(math.log(self.ratio[0]), math.log(self.ratio[1]), stretching).mul(0.5).exp()
             extent = torch.minimum(extent * torch.stack([1 / stretch, stretch], dim=1), source)
-        centre = uniform(-1.0, 1.0, dims) * (1 - extent / source)
-        extent[:, 0] *= torch.where(uniform(0.0, 1.0) < self.flip, -1.0, 1.0)
+        centre = _between(-1.0, 1.0, torch.stack(places, dim=1)) * (1 - extent / source)
+        extent[:, 0] *= torch.where(flipping < self.flip, -1.0, 1.0)
         matrix = torch.diag_embed(extent)
         if self.rotation:
-            angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
+            angle = _between(-math.radians(self.rotation), math.radians(self.rotation), turning)
             turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
             matrix[:, :2] = turn @ matrix[:, :2]
         return torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
@@ -125,4 +124,8 @@ class RandomResizedCrop:
         """
         image = batch["image"].to(device, non_blocking=non_blocking)
         degree = int(torch.as_tensor(batch.get("anisotropy", 0)).max())
-        return {**batch, "image": self.apply(image, self.draw(image, degree), degree)}
+        return {**batch, "image": self.apply(image, self.draw(image, degree, batch.get("key")), degree)}
+
+
+def _between(low: float, high: float, drawn: Tensor) -> Tensor:
+    return low + (high - low) * drawn

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods.base import SSLMethod
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
@@ -59,10 +60,11 @@ class MAE(SSLMethod):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared error over the hidden patches of batch["image"], B x C x (D) x H x W.
 
-        batch["anisotropy"], if there, is the degree of anisotropy of all its images: one number, or B equal ones.
+        batch["anisotropy"], if there, is the degree of anisotropy of all its images: one number, or B equal ones;
+        batch["key"] tells what is hidden of each (`uniform`).
         """
         patches = self._patches(batch)
-        keep, hidden = self._mask(patches)
+        keep, hidden = self._mask(patches, batch)
         prediction = self._predict(patches, keep, hidden)
         target = take_tokens(patches.voxels, hidden).float()
         if self.norm_pix_loss:
@@ -79,7 +81,7 @@ class MAE(SSLMethod):
             both B x C x D x H x W.
         """
         patches = self._patches(batch)
-        keep, hidden = self._mask(patches)
+        keep, hidden = self._mask(patches, batch)
         prediction = self._predict(patches, keep, hidden).to(patches.voxels.dtype)
         if self.norm_pix_loss:
             _, mean, std = _normalise(take_tokens(patches.voxels, hidden))
@@ -99,9 +101,10 @@ class MAE(SSLMethod):
             )
         return self.encoder.patchify(batch["image"], int(degrees[0]) if degrees else None)
 
-    def _mask(self, patches: Patches) -> tuple[Tensor, Tensor]:
-        b, length = patches.voxels.shape[:2]
-        return random_mask(b, length, self.mask_ratio, patches.voxels.device)
+    def _mask(self, patches: Patches, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        (b, length), device = patches.voxels.shape[:2], patches.voxels.device
+        keys = batch["key"].to(device) if "key" in batch else random_keys(b, device)
+        return random_mask(keys, length, self.mask_ratio)
 
     def _predict(self, patches: Patches, keep: Tensor, hidden: Tensor) -> Tensor:
         """Predicted pixels of the hidden patches: B x hidden x voxels."""

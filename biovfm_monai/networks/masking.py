@@ -5,24 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biovfm_monai.draws import uniform
+
 __all__ = ["random_mask", "take_tokens"]
 
 
-def random_mask(
-    batch_size: int,
-    num_tokens: int,
-    mask_ratio: float,
-    device: torch.device | str = "cpu",
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+def random_mask(keys: Tensor, num_tokens: int, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Draw, for each image on its own, which tokens stay visible and which are hidden.
 
     Args:
-        batch_size: number of images.
+        keys: of the images' random numbers, as `uniform` takes them.
         num_tokens: tokens per image, prefix tokens not counted.
         mask_ratio: share that is hidden; at least one token stays visible and at least one is hidden.
-        device: where the mask is drawn.
-        generator: source of randomness on that device; None for torch's own.
 
     Returns:
         keep (B x visible) and hidden (B x hidden): token numbers, ascending, together every token once.
@@ -33,7 +27,7 @@ def random_mask(
     if num_tokens < 2 or not 0 < mask_ratio < 1:
         raise ValueError(f"masking needs at least 2 tokens and a mask_ratio in (0, 1), got {num_tokens}, {mask_ratio}")
     visible = min(max(int(num_tokens * (1 - mask_ratio)), 1), num_tokens - 1)
-    order = torch.rand(batch_size, num_tokens, device=device, generator=generator).argsort(dim=1)
+    order = uniform(keys, num_tokens, stream=1).argsort(dim=1)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 

@@ -82,7 +82,7 @@ def test_a_crop_is_a_part_of_its_image_and_every_place_occurs(crop):
     assert seen == places
 
 
-@pytest.mark.parametrize(("crop", "fits"), [((5, 6), True), ((2, 5, 6), True), ((3, 5, 6), False), ((5, 7), False)])
+@pytest.mark.parametrize(("crop", "fits"), [((5, 6), True), ((2, 5, 6), True), ((2, 5, 7), False), ((5, 7), False)])
 def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
     def load(_):
         return {"image": MetaTensor(torch.ones(1, 2, 5, 6), meta={"filename_or_obj": "a.png"}), "modality": "ct"}
@@ -92,6 +92,14 @@ def test_an_image_smaller_than_the_crop_is_refused(crop, fits):
     else:
         message = cause_of(lambda: RandomCropDataset([{}], load, crop)[0])
         assert re.match(r"a\.png: size 2 x 5 x 6 is smaller than the crop .*--crop_size", message)
+
+
+def test_a_volume_with_fewer_slices_than_the_crop_gives_single_ones(caplog):
+    with caplog.at_level("INFO"):
+        crops = stream(count=2, size=(3, 8, 9), crop=(4, 4, 5))[1]
+    assert "2 of 2 images have fewer slices than a crop" in caplog.text
+    assert (crops[0]["image"].shape, crops[0]["anisotropy"]) == ((1, 1, 4, 5), 5)
+    assert {int(crops[number]["image"].min()) // 72 % 3 for number in range(40)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("size", [96, (96,), (0, 96)])
@@ -302,7 +310,7 @@ def test_a_view_is_normalised_by_mean_and_deviation(size):
 def test_drawn_views_lie_inside_the_source(sizes, a, b, ratio, seed):
     size, sourced = sizes
     view = RandomResizedCrop(size, scale=(min(a, b), max(a, b)), ratio=(1 / ratio, ratio))
-    maps = view.draw(source(sourced, 64), generator=torch.Generator().manual_seed(seed))
+    maps = view.draw(source(sourced, 64), keys=seed + torch.arange(64))
     reach = maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()
     assert reach.max() <= 1 + 1e-5
 
@@ -354,9 +362,9 @@ def test_flips_happen_with_the_stated_probability(size, flip):
     assert abs(flipped.float().mean() - flip) < 0.03
 
 
-def test_drawn_maps_follow_their_generator_and_differ_within_a_batch():
+def test_drawn_maps_follow_their_keys_and_differ_within_a_batch():
     image = source((8, 8), 3)
-    first, again = (RandomResizedCrop((8, 8)).draw(image, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (RandomResizedCrop((8, 8)).draw(image, keys=torch.arange(len(image))) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1])
 

@@ -5,6 +5,7 @@ import torch
 
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
+from biovfm_monai.draws import random_keys
 from biovfm_monai.networks import ViT, random_mask, sincos_positions, vit_base, vit_large, vit_small, vit_tiny
 
 
@@ -61,7 +62,7 @@ def test_the_loss_equals_the_slow_implementation(size, norm_pix_loss):
     torch.manual_seed(5)
     loss = mae({"image": image})["loss"]
     torch.manual_seed(5)
-    keep, hidden = random_mask(3, tokens, 0.7)
+    keep, hidden = random_mask(random_keys(3), tokens, 0.7)
     expected = slow_loss(mae, image if image.ndim == 5 else image[:, :, None], keep, hidden)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -70,7 +71,7 @@ def test_what_visible_patches_look_like_matters_and_hidden_ones_only_as_target()
     mae = MAE(ViT(1, (32, 32), 8, embed_dim=24, depth=2, num_heads=3), 0.5, 16, 1, 2, norm_pix_loss=False)
     image = torch.randn(1, 1, 32, 32, requires_grad=True)
     torch.manual_seed(3)
-    predicted = mae._predict(mae._patches({"image": image}), *(pair := random_mask(1, 16, 0.5)))
+    predicted = mae._predict(mae._patches({"image": image}), *(pair := random_mask(random_keys(1), 16, 0.5)))
     predicted.sum().backward()
     touched = image.grad.view(4, 8, 4, 8).abs().sum((1, 3)).flatten() > 0
     assert touched[pair[0][0]].all()

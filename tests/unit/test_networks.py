@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from biovfm_monai.draws import random_keys, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import (
     Embedder,
@@ -89,21 +90,21 @@ def test_positions_refuse_an_odd_width():
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 300), st.floats(0.01, 0.99))
 def test_a_mask_hides_exactly_its_share_and_no_token_is_lost(tokens, ratio):
-    keep, hidden = random_mask(3, tokens, ratio)
+    keep, hidden = random_mask(random_keys(3), tokens, ratio)
     assert keep.shape[1] == min(max(int(tokens * (1 - ratio)), 1), tokens - 1)
     everything = torch.cat([keep, hidden], dim=1).sort(dim=1).values
     assert torch.equal(everything, torch.arange(tokens).expand(3, -1))
 
 
 def test_masks_of_one_batch_differ_and_follow_their_generator():
-    draw = lambda: random_mask(2, 64, 0.75, generator=torch.Generator().manual_seed(1))[0]  # noqa: E731
+    draw = lambda: random_mask(torch.tensor([1, 2]), 64, 0.75)[0]  # noqa: E731
     keep = draw()
     assert torch.equal(keep, draw())
     assert not torch.equal(keep[0], keep[1])
 
 
 def test_every_token_is_masked_equally_often():
-    hidden = random_mask(4000, 10, 0.7)[1]
+    hidden = random_mask(random_keys(4000), 10, 0.7)[1]
     share = torch.bincount(hidden.flatten(), minlength=10) / 4000
     assert (share - 0.7).abs().max() < 0.04
 
@@ -111,7 +112,7 @@ def test_every_token_is_masked_equally_often():
 @pytest.mark.parametrize(("tokens", "ratio"), [(1, 0.5), (4, 0.0), (4, 1.0)])
 def test_masking_refuses_what_leaves_nothing_to_do(tokens, ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
-        random_mask(1, tokens, ratio)
+        random_mask(random_keys(1), tokens, ratio)
 
 
 def test_take_tokens_equals_indexing():
@@ -234,3 +235,27 @@ def test_the_embedder_can_be_scripted_by_tracing():
     network, image = Embedder(tiny()).eval(), torch.randn(1, 1, 32, 32)
     traced = torch.jit.trace(network, image)
     torch.testing.assert_close(traced(image), network(image))
+
+
+def splitmix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_uniform_numbers_are_those_of_splitmix_in_whole_numbers_of_any_size():
+    keys, golden = [0, 1, 2**62 - 1, 123456789], 0x9E3779B97F4A7C15
+    expected = [
+        [(splitmix((splitmix((key + 3 * golden) % 2**64) + n * golden) % 2**64) >> 40) / 2**24 for n in range(1, 6)]
+        for key in keys
+    ]
+    assert uniform(torch.tensor(keys), 5, stream=2).tolist() == expected
+
+
+def test_uniform_numbers_of_neighbouring_keys_and_streams_have_nothing_in_common():
+    keys = torch.arange(4000)
+    drawn = torch.cat([uniform(keys, 3), uniform(keys, 3, stream=1)], dim=1)
+    assert 0 <= drawn.min() <= drawn.max() < 1
+    torch.testing.assert_close(drawn.mean(0), torch.full((6,), 0.5), rtol=0, atol=0.02)
+    both = torch.cat([drawn[1:], drawn[:-1]], dim=1)
+    assert (torch.corrcoef(both.T) - torch.eye(12)).abs().max() < 0.06

@@ -152,7 +152,7 @@ def test_a_box_of_an_image_is_that_part_of_the_whole(store):
         assert torch.equal(image[:, d, h, w], whole[:, d, h, w])
 
 
-@pytest.mark.parametrize("crop", [(32, 24), (8, 32, 24)])
+@pytest.mark.parametrize("crop", [(32, 24), (8, 32, 24), (32, 32, 24)])
 def test_crops_of_the_store_and_of_the_files_are_alike(folder, store, crop):
     items = [item for item in load_datalist(folder.with_name("list")) if "nan" not in item["image"]]
     items = [item for item in items if "copy" not in item["image"]]

@@ -1,0 +1,50 @@
+"""Random numbers of a sample that depend on its key alone: the same on any process, worker and device.
+
+The generator is splitmix64 (https://doi.org/10.1145/2660193.2660195), in whole numbers, so that devices cannot differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["random_keys", "uniform"]
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def random_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Keys from torch's own generator, for samples that have none."""
+    return torch.randint(2**62, (count,), device=device)
+
+
+def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Uniform random numbers in [0, 1), float32.
+
+    Args:
+        keys: int64, one per sample.
+        count: numbers per sample.
+        stream: of which use they are; each has numbers of its own.
+
+    Returns:
+        B x count.
+    """
+    base = _mixed(keys + _signed((stream + 1) * _GOLDEN))
+    steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
+    return _shifted(_mixed(base[:, None] + steps), 40).float() * 2.0**-24
+
+
+def _signed(number: int) -> int:
+    """A 64-bit number as torch has it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mixed(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift to the right, filling with zeros as numbers without a sign do."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,235 @@
+"""Files made wrong: cut short, with headers that lie, of odd kinds, or made to take all memory."""
+
+import gzip
+import io
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import imagecodecs
+import nibabel as nib
+import numpy as np
+import pydicom
+import tifffile
+from image_files import write_dicom, write_png
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.encaps import get_frame
+from pydicom.pixels import apply_color_lut, apply_modality_lut
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+RNG = np.random.default_rng(0)
+VOLUME = RNG.normal(0, 100, (7, 9, 5)).astype(np.float32)
+PHOTO = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 2**16, (9, 7), dtype=np.uint16)
+SLICES = RNG.integers(-300, 900, (6, 6, 8), dtype=np.int16)
+
+
+def cut(make, share, path):
+    make(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def edited(make, old, new, path):
+    make(path)
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+def flipped(make, path):
+    """One bit in the middle is another."""
+    make(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def nifti(path, array=VOLUME, affine=None, kind=nib.Nifti1Image, **fields):
+    """A volume whose header then says other things."""
+    content = kind(array, np.eye(4) if affine is None else affine, dtype=array.dtype).to_bytes()
+    size = kind.header_class.template_dtype.itemsize
+    header = kind.header_class(content[:size], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    content = header.binaryblock + content[size:]
+    path.write_bytes(gzip.compress(content) if path.name.endswith("gz") else content)
+
+
+def mha(path, data=None, kind="FLOAT", array=VOLUME, **lines):
+    """MetaImage, its voxels in another file where there is a name for it."""
+    lines = {
+        "ObjectType": "Image", "NDims": array.ndim, "BinaryData": True, "BinaryDataByteOrderMSB": False,
+        "DimSize": " ".join(map(str, array.shape)), "ElementSpacing": "1 2 3", "ElementType": f"MET_{kind}",
+    } | lines | {"ElementDataFile": data or "LOCAL"}  # fmt: skip
+    content = "".join(f"{name} = {value}\n" for name, value in lines.items()).encode()
+    path.write_bytes(content + (b"" if data else array.tobytes("F")))
+    if data:
+        path.with_name(data).write_bytes(array.tobytes("F")[: 7 * 9 * 5])
+
+
+def nrrd(path, array=VOLUME, encoding="raw", **lines):
+    lines = {
+        "type": "float", "dimension": 3, "sizes": "7 9 5", "spacings": "1 2 3", "encoding": encoding,
+        "endian": "little",
+    } | lines  # fmt: skip
+    content = array.tobytes("F")
+    content = gzip.compress(content) if encoding == "gzip" else content
+    path.write_bytes("\n".join(["NRRD0004", *(f"{k}: {v}" for k, v in lines.items()), "", ""]).encode() + content)
+
+
+def png(path, array=PHOTO, **options):
+    write_png(path, array, **options)
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_that_says(path, width, height, depth=8, colour=2, pixels=PHOTO):
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def photo(path, mode="RGB", **options):
+    Image.fromarray(PHOTO).convert(mode).save(path, **options)
+
+
+def decoded(mode, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(PHOTO).convert(mode).save(file, kind, **options)
+    return np.asarray(Image.open(file).convert("RGB")).T
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    photo(path, exif=exif)
+
+
+def palette(path):
+    Image.fromarray(PHOTO).quantize(5).save(path)
+
+
+def tiff(array, **options):
+    return lambda path: tifffile.imwrite(path, array, **options)
+
+
+def tiff_of_pages(path):
+    with tifffile.TiffWriter(path) as file:
+        for page in (GREY, GREY[:4, :3], PHOTO):
+            file.write(page)
+
+
+def tiff_in_a_circle(path):
+    """Its second page says that the third is the second again."""
+    tifffile.imwrite(path, GREY, metadata=None)
+    with tifffile.TiffFile(path) as file:
+        page, end = file.pages[0], file.filehandle.size
+    content = bytearray(path.read_bytes())
+    after = page.offset + 2 + 12 * len(page.tags)
+    content[after : after + 4] = struct.pack("<I", end)
+    path.write_bytes(content + content[page.offset : after] + struct.pack("<I", end))
+
+
+def archive(path, **arrays):
+    np.savez(path, **{"train_images": PHOTO[None]} | arrays)
+
+
+def slice_(path, number=0, series="1.2.3", **tags):
+    write_dicom(path, series, number, **{"PixelData": SLICES[number].tobytes(), "InstanceNumber": number} | tags)
+
+
+def series(folder, numbers=range(6), **tags):
+    """Slices of a volume; a tag may be a function of the slice's number."""
+    for n in numbers:
+        slice_(folder / f"{n}.dcm", n, **{name: of(n) if callable(of) else of for name, of in tags.items()})
+
+
+def several(*makers):
+    return lambda path: [make(path) for make in makers]
+
+
+def deflated(begin, zeros, block=2**26):
+    """A stream that unpacks to some bytes and then very many zeros, without packing them all."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    begin = packer.compress(begin) + packer.flush(zlib.Z_FULL_FLUSH)
+    repeated = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return begin + repeated * (zeros // block) + packer.flush()
+
+
+def npz_bomb(path, shape, zeros=0, name=b"train_images.npy"):
+    """An archive of one array, of which so many zeros are there."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    content = deflated(file.getvalue(), zeros)
+    said = (0 if zeros else zlib.crc32(file.getvalue()), len(content), len(file.getvalue()) + zeros, len(name))
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 33, *said, 0) + name
+    central = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 8, 0, 33, *said, *[0] * 6) + name
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + len(content), 0)
+    path.write_bytes(local + content + central + end)
+
+
+def npz_with_labels_bomb(path):
+    """Honest images, and labels of which only the header is there."""
+    archive(path)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1, 100 * 2**30)})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("train_labels.npy", header.getvalue())
+
+
+def nifti_bomb(path):
+    header = nib.Nifti1Header()
+    header.set_data_shape((8000, 8000, 500))
+    header.set_data_dtype(np.int16)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    content = deflated(header.binaryblock + bytes(4), 2**31)
+    path.write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + content + bytes(8))
+
+
+def dicom_bomb(path):
+    """A dataset that is deflated as a whole, with 4 GiB of zeros behind its header."""
+    slice_(path)
+    plain = path.read_bytes()
+    plain = plain[plain.index(b"\x08\0\x16\0UI") : plain.index(b"\xe0\x7f\x10\0")]
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path)
+    with path.open("rb") as file:
+        pydicom.filereader.read_preamble(file, False)
+        pydicom.filereader._read_file_meta_info(file)
+        begin = file.tell()
+    pixels = b"\xe0\x7f\x10\0OW\0\0" + struct.pack("<I", 2**32 - 2**26)
+    path.write_bytes(path.read_bytes()[:begin] + deflated(plain + pixels, 2**32 - 2**26))
+
+
+def shipped(name):
+    return Path(get_testdata_file(name, download=False))
+
+
+def ship(name):
+    return lambda path: path.write_bytes(shipped(name).read_bytes())
+
+
+def relabelled(name, path, **tags):
+    dataset = pydicom.dcmread(shipped(name))
+    for tag, value in tags.items():
+        setattr(dataset, tag, value)
+    dataset.save_as(path)
+
+
+def pixels(name):
+    """The values of a DICOM file that ships with pydicom, by pydicom or, where that has no decoder, by imagecodecs."""
+    dataset = pydicom.dcmread(shipped(name))
+    try:
+        array = dataset.pixel_array
+    except RuntimeError:
+        code, uid = get_frame(dataset.PixelData, 0), dataset.file_meta.TransferSyntaxUID
+        array = (imagecodecs.jpegls_decode if uid.name.startswith("JPEG-LS") else imagecodecs.jpeg_decode)(code)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        return (apply_color_lut(array, dataset) >> 8).T
+    return (apply_modality_lut(array, dataset) if dataset.SamplesPerPixel == 1 else array).T
