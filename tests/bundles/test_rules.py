@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import ROOT
+from conftest import BUNDLE, ROOT
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 BUNDLES = sorted(p.parent for p in (ROOT / "bundles").glob("*/configs"))
@@ -123,3 +123,43 @@ def test_mlflow_tracking_can_find_its_engine(bundle):
     train = json.loads((bundle / "configs/train.json").read_text())
     assert DEFAULT_MLFLOW_SETTINGS["handlers_id"]["trainer"] == {"id": "train#trainer", "handlers": "train#handlers"}
     assert train["output_dir"].startswith("$")
+
+
+MAY_DIFFER = {
+    "train.json": {
+        "modality", "dataset_dir", "in_channels", "img_size", "crop_size", "patch_size", "encoder/_target_",
+        "views/rotation", "views/flip",
+    },
+    "inference.json": {"modality", "dataset_dir"},
+    "evaluate.json": {"modality", "dataset_dir", "train_section", "test_section"},
+    "metadata.json": {
+        "name", "task", "description", "data_source", "image_classes", "references",
+        "network_data_format/inputs/image/modality", "network_data_format/inputs/image/num_channels",
+        "network_data_format/inputs/image/spatial_shape", "network_data_format/inputs/image/channel_def",
+    },
+}  # fmt: skip
+
+
+def leaves(value, path=""):
+    """Path -> value of what is no dict."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {key: leaf for name, child in value.items() for key, leaf in leaves(child, f"{path}/{name}").items()}
+
+
+@pytest.mark.parametrize("file", MAY_DIFFER)
+def test_pretraining_bundles_are_equal_but_for_what_may_differ(bundle, file):
+    first, other = (leaves(json.loads((b / "configs" / file).read_text())) for b in (BUNDLE, bundle))
+    different = {key[1:] for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
+    beyond = [key for key in different if not any(key == may or key.startswith(f"{may}/") for may in MAY_DIFFER[file])]
+    assert beyond == []
+    for same in ("LICENSE", "configs/logging.conf"):
+        assert (bundle / same).read_bytes() == (BUNDLE / same).read_bytes()
+
+
+def test_a_bundle_tells_in_its_readme_the_commands_and_its_modality(bundle):
+    text = (bundle / "docs/README.md").read_text()
+    for verb in ("train", "inference", "evaluate"):
+        assert f"python -m monai.bundle run --config_file configs/{verb}.json --bundle_root ." in text
+    modality = json.loads((bundle / "configs/train.json").read_text())["modality"]
+    assert modality is None or f"docs/modalities/{modality}.md" in text
