@@ -25,6 +25,7 @@ from biovfm_monai.data.dicom import (
 )
 from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, Header, array_headers, header_of, suffix
 from biovfm_monai.data.medmnist import describe_archive
+from biovfm_monai.data.slides import SLIDES, describe_slide, is_slide
 from biovfm_monai.errors import InputError
 
 __all__ = [
@@ -166,6 +167,8 @@ def _describe(path: Path, root: Path) -> list[Item]:
     """
     if suffix(path) == ".img":
         return []  # the voxels of an .hdr file
+    if is_slide(path):
+        return describe_slide(path)
     if suffix(path) in ARRAYS:
         return describe_archive(path, array_headers(path))
     header = header_of(path)
@@ -175,7 +178,7 @@ def _describe(path: Path, root: Path) -> list[Item]:
 
 def endings() -> str:
     """The endings of names of files that are looked at."""
-    return " ".join((*NIFTI, *VOLUME, *DICOM, *PHOTO, *TIFF, *ARRAYS))
+    return " ".join((*NIFTI, *VOLUME, *DICOM, *PHOTO, *TIFF, *ARRAYS, *SLIDES))
 
 
 def folder_modality(path: Path, root: Path) -> str | None:
@@ -223,7 +226,7 @@ def _look_into(parent: Path, files: list[Path], root: Path) -> Findings:
             found.rejected.append(Rejected(str(file), str(error)))
 
     for path in files:
-        if suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS):
+        if suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS, *SLIDES):
             attempt(path, _describe, path, root)
         elif reason := _gather(path, headers, instances):
             found.rejected.append(Rejected(str(path), reason))

@@ -17,6 +17,7 @@ from biovfm_monai.data import modalities
 from biovfm_monai.data.datalist import read_datalist, write_datalist
 from biovfm_monai.data.find import NO_IMAGE, Findings, Rejected, survey
 from biovfm_monai.data.overview import Overview
+from biovfm_monai.data.reading import part_of
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 
@@ -201,7 +202,7 @@ def _complete(item: dict[str, Any], rules: _Rules, modality: str | None) -> str 
 
 def _split(item: Mapping[str, Any], validation: float, test: float, seed: int) -> str:
     """Section of an image: a pure function of its subject, or else its file, and the seed."""
-    one = item.get("subject") or str(item["image"])
+    one = item.get("subject") or str(part_of(_path(item))[0])
     name = json.dumps([seed, item.get("source"), one]).encode()
     place = int.from_bytes(blake2b(name, digest_size=8).digest()) / 2**64
     return "test" if place < test else "validation" if place < test + validation else "training"

@@ -33,6 +33,7 @@ from biovfm_monai.data.headers import (
     suffix,
     tiff_axes,
 )
+from biovfm_monai.data.slides import is_slide, read_tile
 from biovfm_monai.data.store import StoredImage
 from biovfm_monai.errors import InputError
 
@@ -161,6 +162,8 @@ def _read(files: Sequence[Path], part: str | None) -> tuple[np.ndarray, dict[str
     ending = suffix(files[0])
     if ending in ARRAYS:
         return _of_archive(files[0], part)
+    if is_slide(files[0]):
+        return read_tile(files[0], part).transpose(0, 2, 1), {"affine": _LPS, "original_channel_dim": 0}
     if ending in (*NIFTI, *VOLUME, *TIFF, *PHOTO):
         header_of(files[0])
     if ending in NIFTI:
