@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.dummy import DummyProcess
 from typing import Any, NamedTuple
 
@@ -158,11 +159,15 @@ class _Columns(NamedTuple):
 def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _Columns:
     """The columns of a store, in which only images that are large enough are usable."""
     depths = np.array([_least(crop_size, degree, zoom)[0] for degree in range(6)])
-    _, height, width = _least(crop_size, 5, zoom)
-    usable = (store.size("height") >= height) & (store.size("width") >= width)
+    _, least_height, least_width = _least(crop_size, 5, zoom)
+    with ThreadPoolExecutor() as pool:
+        labels = pool.map(store.labels, ("source", "modality"))
+        sizes = pool.map(store.size, ("depth", "height", "width"))
+        (source, modality), (depth, height, width) = labels, sizes
+    usable = (height >= least_height) & (width >= least_width)
     degrees = np.full(len(store), 5, dtype=np.int8)
     if len(crop_size) == 3:
-        deep = store.size("depth") >= depths.astype(np.uint16)[store.degree]
+        deep = depth >= depths.astype(np.uint16)[store.degree]
         degrees[deep] = store.degree[deep]
         _note_thin(int((usable & ~deep).sum()), len(store))
     if not usable.all():
@@ -170,7 +175,7 @@ def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _C
             "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~usable).sum(),
             len(usable), " x ".join(map(str, crop_size)),
         )  # fmt: skip
-    return _Columns(store.labels("source"), store.labels("modality"), store.alike, degrees, usable)
+    return _Columns(source, modality, store.alike, degrees, usable)
 
 
 def _columns_of_items(

@@ -146,15 +146,9 @@ class Mixture:
             raise InputError(f"temperature {temperature} must be above 0. Give 1 for shares by size, or more.")
         one = Labels(np.zeros(1, dtype=np.int8), [""])
         modality, bucket = modality or one, bucket or one
-        kinds = np.ones(1, dtype=np.int64) if alike is None else np.flatnonzero(np.bincount(alike))
-        weights = weight_of(kinds)
-        number = np.zeros(int(kinds.max()) + 1, dtype=np.int32)
-        number[kinds] = np.arange(len(kinds))
-        # Rows by bucket, then source, then modality, then weight: each group is one stretch of them.
-        code = (bucket.codes.astype(np.int32) * len(source.names) + source.codes) * len(modality.names)
-        present, counts, self._order = _stretches(
-            (code + modality.codes) * len(kinds) + (0 if alike is None else number[alike])
-        )
+        likeness, weights = _likeness(alike)
+        # Rows by bucket, then source, then modality, then likeness: each group is one stretch of them.
+        present, counts, self._order = _stretches(_combined(len(source.codes), (bucket, source, modality, likeness)))
         rest, w = np.divmod(present, len(weights))
         rest, m = np.divmod(rest, len(modality.names))
         b, s = np.divmod(rest, len(source.names))
@@ -229,14 +223,41 @@ def subset(source: Labels, fraction: float, seed: int = 0) -> NDArray[np.bool_]:
     return kept
 
 
+def _likeness(alike: NDArray[Any] | None) -> tuple[Labels, NDArray[np.float64]]:
+    """Of how many images that are alike each is one, as a column, and what an image of each kind weighs."""
+    kinds = np.ones(1, dtype=np.int64) if alike is None else np.flatnonzero(_counted(alike))
+    number = np.zeros(int(kinds.max()) + 1, dtype=np.int32)
+    number[kinds] = np.arange(len(kinds))
+    codes = np.zeros(1, dtype=np.int8) if alike is None or len(kinds) == 1 else number[alike]
+    return Labels(codes, [str(kind) for kind in kinds]), weight_of(kinds)
+
+
+def _combined(rows: int, columns: Sequence[Labels]) -> NDArray[np.int32]:
+    """One number per row for the values of all columns, the first one the slowest."""
+    code = np.zeros(rows, dtype=np.int32)
+    for column in columns:
+        if len(column.names) > 1:
+            code *= len(column.names)
+            code += column.codes
+    return code
+
+
 def _stretches(code: NDArray[np.int32]) -> tuple[Integers, Integers, NDArray[np.uint32]]:
     """The codes that occur, how often, and the rows sorted by code."""
-    sizes = np.bincount(code)
+    sizes = _counted(code)
     present = np.flatnonzero(sizes)
     # Small numbers are sorted by their digits, in a second for 20 million rows.
     number = np.zeros(len(sizes), dtype=np.uint16 if len(present) < 2**16 else np.uint32)
     number[present] = np.arange(len(present))
     return present, sizes[present], np.argsort(number[code], kind="stable").astype(np.uint32)
+
+
+def _counted(numbers: NDArray[Any]) -> Integers:
+    """How often each whole number occurs; numpy would first make 64 bits of all of them."""
+    counts = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+    for first in range(0, len(numbers), _CHUNK):
+        counts += np.bincount(numbers[first : first + _CHUNK], minlength=len(counts))
+    return counts
 
 
 def _factors(labels: Labels, weights: Mapping[str, float] | None, kind: str) -> NDArray[np.float64]:

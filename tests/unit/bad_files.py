@@ -135,6 +135,15 @@ def tiff_in_a_circle(path):
     path.write_bytes(content + content[page.offset : after] + struct.pack("<I", end))
 
 
+def empty_slide(path):
+    """A whole slide of nothing but glass."""
+    glass = np.full((2048, 2048, 3), 255, np.uint8)
+    with tifffile.TiffWriter(path) as file:
+        for n in (1, 2, 4):
+            size = {"resolution": (20000 / n, 20000 / n), "resolutionunit": "CENTIMETER", "subfiletype": n > 1}
+            file.write(glass[::n, ::n], tile=(256, 256), compression="jpeg", photometric="rgb", metadata=None, **size)
+
+
 def archive(path, **arrays):
     np.savez(path, **{"train_images": PHOTO[None]} | arrays)
 
