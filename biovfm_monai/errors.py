@@ -8,7 +8,7 @@ import re
 import sys
 from types import TracebackType
 
-__all__ = ["InputError", "NonFiniteLossError", "report_input_errors"]
+__all__ = ["InputError", "NonFiniteLossError", "reason_of", "report_input_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,11 @@ def _message(error: BaseException | None) -> str | None:
             return worker.group(1)
         error = error.__cause__
     return None
+
+
+def reason_of(error: BaseException) -> str:
+    """The line of a user's mistake, also where MONAI has wrapped it in an error of its own."""
+    return _message(error) or str(error)
 
 
 def report_input_errors() -> None:

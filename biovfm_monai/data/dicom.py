@@ -5,13 +5,17 @@ https://dicom.nema.org/medical/dicom/current/output/chtml/part03/sect_C.7.6.2.ht
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from biovfm_monai.data.headers import Header, checked, itk_spacing
+from biovfm_monai.data.headers import Header, checked, itk_spacing, readable
 from biovfm_monai.errors import InputError
 
 __all__ = [
@@ -27,11 +31,13 @@ _PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
 
 _TAGS = [
     "AcquisitionNumber", "BitsAllocated", "Columns", "GridFrameOffsetVector", "InstanceNumber", "Modality",
-    "NumberOfFrames", "PatientID", "PixelRepresentation", "Rows", "SOPInstanceUID", "SamplesPerPixel",
-    "SeriesInstanceUID", "SharedFunctionalGroupsSequence", "SpacingBetweenSlices", *_PLACE,
+    "NumberOfFrames", "PatientID", "PhotometricInterpretation", "PixelRepresentation", "PixelSpacing", "RescaleSlope",
+    "Rows", "SOPInstanceUID", "SamplesPerPixel", "SeriesInstanceUID",
+    "SharedFunctionalGroupsSequence", "SpacingBetweenSlices", *_PLACE,
 ]  # fmt: skip
 _DISTANCES = ("GridFrameOffsetVector", "SharedFunctionalGroupsSequence", "SpacingBetweenSlices")
 _DERIVED = {"PR", "REG", "RTDOSE", "SEG"}
+_DEFLATED = 2**20
 _TOLERANCE = 0.02
 _TURNED = 1e-3
 
@@ -47,10 +53,63 @@ def read_header(path: Path) -> pydicom.Dataset:
     Raises:
         InputError: when the file is no DICOM file or cut short within the header.
     """
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-    except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: no readable DICOM file ({error}). Repair or remove it.") from error
+    with readable(path, "no readable DICOM file"), path.open("rb") as file:
+        if DeflatedExplicitVRLittleEndian.encode() in file.read(1024) and path.stat().st_size > _DEFLATED:
+            raise InputError(f"{path}: deflated DICOM files may unpack to any size. Save it in another syntax.")
+        file.seek(0)
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+        if is_image(header):
+            _check_numbers(path, header)
+            _check_pixels(path, header, file)
+        return header
+
+
+def _check_numbers(path: Path, header: pydicom.Dataset) -> None:
+    """Refuse a header whose numbers are none, or cannot be."""
+    if int(header.get("SamplesPerPixel") or 1) > 1 and int(header.get("BitsAllocated", 8)) > 8:
+        raise InputError(f"{path}: has colours of {header.BitsAllocated} bits. Save them with 8.")
+    _count(header)
+    if any(len(_numbers(header, tag)) != count for tag, count in zip(_PLACE, (3, 6), strict=True) if header.get(tag)):
+        raise InputError(f"{path}: its place or direction is not complete. Repair or remove the file.")
+    spacing = [float(size) for size in header.get("PixelSpacing") or ()]
+    if not all(0 < size < math.inf for size in spacing):
+        raise InputError(f"{path}: its header says a spacing of {spacing} mm. Correct it, or remove the file.")
+    if float(1 if header.get("RescaleSlope") is None else header.RescaleSlope) == 0:
+        raise InputError(f"{path}: its values are rescaled by zero. Correct it, or remove the file.")
+
+
+def _check_pixels(path: Path, header: pydicom.Dataset, file: BinaryIO) -> None:
+    """Refuse a file with less pixels than its header says; GDCM would show memory, or ask for all there is.
+
+    Args:
+        path: of the file.
+        header: of an image.
+        file: where its pixels begin.
+    """
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax == DeflatedExplicitVRLittleEndian:
+        return
+    order, size = "<" if syntax.is_little_endian else ">", path.stat().st_size
+    begin = file.read(8)
+    if begin[4:6].isalpha():
+        begin = begin[:4] + file.read(4)
+    if len(begin) < 8:
+        raise InputError(f"{path}: holds no pixels. Copy it again, or remove it.")
+    (length,) = struct.unpack(f"{order}I", begin[4:])
+    if length == 2**32 - 1:
+        while (item := file.read(8))[:4] != b"\xfe\xff\xdd\xe0":
+            (length,) = struct.unpack("<I", item[4:])
+            if item[:4] != b"\xfe\xff\x00\xe0" or file.tell() + length > size:
+                raise InputError(f"{path}: is cut short. Copy it again, or remove it.")
+            file.seek(length, 1)
+        return
+    frames, bits = int(header.get("NumberOfFrames") or 1), int(header.get("BitsAllocated", 16))
+    bits *= int(header.get("SamplesPerPixel") or 1)
+    bits = bits * 2 // 3 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else bits
+    if min(length, size - file.tell()) < int(header.Rows) * int(header.get("Columns") or 0) * frames * bits // 8:
+        raise InputError(f"{path}: holds less pixels than its header says. Copy it again, or remove it.")
+    if not syntax.is_little_endian and int(header.get("BitsAllocated", 16)) > 16:
+        raise InputError(f"{path}: numbers of 32 bits with the highest first are not read. Save them the other way.")
 
 
 def is_image(header: pydicom.Dataset) -> bool:
@@ -84,7 +143,10 @@ def dicom_header(path: Path, header: pydicom.Dataset) -> Header:
     sign = "" if header.get("PixelRepresentation") else "u"
     spacing = None if is_film(header) else itk_spacing(path)
     dtype = f"{sign}int{header.get('BitsAllocated', 16)}"
-    return checked(path, Header(shape, int(header.get("SamplesPerPixel") or 1), dtype, spacing))
+    samples = int(header.get("SamplesPerPixel") or 1)
+    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        samples, dtype = 3, "uint8"
+    return checked(path, Header(shape, samples, dtype, spacing))
 
 
 def volumes(headers: Mapping[Path, pydicom.Dataset]) -> list[list[list[Path]]]:

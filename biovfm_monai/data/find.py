@@ -143,8 +143,9 @@ def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) ->
     folder = Path(folder).expanduser().resolve()
     if not folder.exists():
         raise InputError(f"{folder}: no such file or folder. Correct the path.")
-    looks = (delayed(_look_into)(parent, files, folder) for parent, files in _files_by_folder(folder))
     patients: dict[str, int] = {}
+    denied: list[OSError] = []
+    looks = (delayed(_look_into)(parent, files, folder) for parent, files in _files_by_folder(folder, denied.append))
     for found in Parallel(n_jobs=num_workers, return_as="generator")(looks):
         for item in found.items:
             if "patient" in item:
@@ -152,6 +153,9 @@ def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) ->
                 number = patients.setdefault(patient, len(patients) + 1)
                 item["subject"] = f"patient-{number}" if salt is None else hashed(patient, salt)
         yield found
+    shut = [f"{error.filename}: {error.strerror}. Change its rights." for error in denied]
+    if shut:
+        yield Findings([], [Rejected(reason.partition(": ")[0], reason) for reason in shut])
 
 
 def hashed(name: str, salt: str) -> str:
@@ -166,6 +170,8 @@ def _describe(path: Path, root: Path) -> list[Item]:
         InputError: when its header cannot be used.
     """
     if suffix(path) == ".img":
+        if not any(path.with_suffix(ending).exists() for ending in (".hdr", ".HDR")):
+            raise InputError(f"{path}: has no .hdr file beside it. Copy it there, or remove the file.")
         return []  # the voxels of an .hdr file
     if is_slide(path):
         return describe_slide(path)
@@ -218,6 +224,7 @@ def _look_into(parent: Path, files: list[Path], root: Path) -> Findings:
     found = Findings([], [])
     headers: dict[Path, pydicom.Dataset] = {}
     instances: dict[str, Path] = {}
+    alone = True
 
     def attempt(file: Path, call: Callable[..., Iterable[Item]], *arguments: Any) -> None:
         try:
@@ -226,17 +233,34 @@ def _look_into(parent: Path, files: list[Path], root: Path) -> Findings:
             found.rejected.append(Rejected(str(file), str(error)))
 
     for path in files:
-        if suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS, *SLIDES):
+        if reason := _no_file(path):
+            found.rejected.append(Rejected(_printable(path), reason))
+        elif suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS, *SLIDES):
             attempt(path, _describe, path, root)
         elif reason := _gather(path, headers, instances):
             found.rejected.append(Rejected(str(path), reason))
+            alone = alone and reason == NO_IMAGE
     groups = volumes(headers)
     for times in groups:
         for slices in times:
-            whole = parent if len(groups) == len(times) == 1 and len(slices) > 1 else None
+            whole = parent if alone and len(groups) == len(times) == 1 and len(slices) > 1 else None
             chosen = {path: headers[path] for path in slices}
             attempt(whole or slices[0], _describe_dicom, whole, chosen, root, len(times))
     return found
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _no_file(path: Path) -> str | None:
+    """Why a name in a folder is not looked at further; opening a pipe would wait for ever."""
+    name = _printable(path)
+    if name != str(path):
+        return f"{name}: its name is not UTF-8, and cannot be written into a datalist. Rename the file."
+    if not path.is_file():
+        return f"{path}: a pipe, socket or device, or a link that leads nowhere. Remove it."
+    return None
 
 
 def _gather(path: Path, headers: dict[Path, pydicom.Dataset], instances: dict[str, Path]) -> str | None:
@@ -273,13 +297,13 @@ def _describe_dicom(whole: Path | None, headers: dict[Path, pydicom.Dataset], ro
     return [_item(image, modality, header, alike) | patient]
 
 
-def _files_by_folder(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+def _files_by_folder(root: Path, denied: Callable[[OSError], None]) -> Iterator[tuple[Path, list[Path]]]:
     """Files of each folder below a root, links followed, nothing visited twice and nothing hidden."""
     if root.is_file():
         yield root.parent, [root]
         return
     seen: set[Path] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
+    for parent, folders, files in os.walk(root, onerror=denied, followlinks=True):
         real = Path(parent).resolve()
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:

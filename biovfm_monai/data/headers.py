@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +20,7 @@ from biovfm_monai.errors import InputError
 
 __all__ = [
     "APART", "ARRAYS", "NIFTI", "PHOTO", "TIFF", "VOLUME", "Header", "array_headers", "checked", "header_of",
-    "is_colour", "itk_spacing", "readable", "suffix", "tiff_axes",
+    "is_colour", "itk_spacing", "nifti_unit", "plain_tiff", "readable", "suffix", "tiff_axes",
 ]  # fmt: skip
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
@@ -32,6 +33,9 @@ APART = 1e8
 """Millimetres between slices that have no place beside each other, such as the frames of a film (PUMIT's number)."""
 
 _LARGEST = 8 * 2**30
+_DEFLATE = 1032
+"""What a byte can unpack to at most."""
+_PHOTOS = ("PNG", "JPEG", "BMP", "TIFF")
 _MILLIMETRES = {"mm": 1.0, "micron": 1e-3, "um": 1e-3, "µm": 1e-3, "\\u00B5m": 1e-3, "nm": 1e-6}
 _IN_PAGES = "ZIQRT"
 _VECTORS = (1006, 1007, 1008)
@@ -100,8 +104,10 @@ def checked(path: Path, header: Header) -> Header:
     Raises:
         InputError: as `header_of`.
     """
-    if not header.shape or min(header.shape) < 1:
-        raise InputError(f"{path}: its header says size {header.shape}. Repair or remove the file.")
+    if not header.shape or min(header.shape) < 1 or header.volumes < 1:
+        raise InputError(
+            f"{path}: its header says size {header.shape}, {header.volumes} times. Repair or remove the file."
+        )
     if header.spacing is not None and not all(0 < size < math.inf for size in header.spacing):
         raise InputError(f"{path}: its header says a spacing of {header.spacing} mm. Correct it, or remove the file.")
     size = math.prod(header.shape) * header.channels * 4
@@ -111,7 +117,8 @@ def checked(path: Path, header: Header) -> Header:
 
 
 def _nifti(path: Path) -> Header:
-    header = nib.load(path).header
+    image = nib.load(path)
+    header = image.header
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if dtype.fields or dtype.kind == "c":
         raise InputError(f"{path}: voxels of type {dtype} are no image of one channel. Convert or remove the file.")
@@ -119,8 +126,27 @@ def _nifti(path: Path) -> Header:
         raise InputError(f"{path}: an array of size {shape} is no image, nor images over time. Remove the file.")
     if int(header.get("intent_code", 0)) in _VECTORS:
         raise InputError(f"{path}: holds displacements or vectors, no image. Remove the file.")
-    spacing = [float(size) for size in header.get_zooms()[:3]]
-    return Header(tuple(shape[:3]), 1, str(dtype), spacing, shape[3] if len(shape) > 3 else 1)
+    raw = image.file_map.get("header", image.file_map["image"])
+    with raw.get_prepare_fileobj("rb") as file:
+        # nibabel has made one millimetre of what is zero.
+        if not type(header).from_fileobj(file, check=False)["pixdim"][1 : min(len(shape), 3) + 1].all():
+            raise InputError(f"{path}: its header says a spacing of zero. Correct it, or remove the file.")
+    spacing = [float(size) * nifti_unit(header) for size in header.get_zooms()[:3]]
+    found = checked(path, Header(tuple(shape[:3]), 1, str(dtype), spacing, shape[3] if len(shape) > 3 else 1))
+    voxels = Path(image.file_map["image"].filename)
+    _require_there(path, math.prod(shape) * dtype.itemsize, voxels, suffix(voxels) == ".nii.gz")
+    return found
+
+
+def _require_there(path: Path, size: int, voxels: Path, packed: bool) -> None:
+    """Refuse a header that says more bytes than a file can hold; readers take the memory first."""
+    if size > voxels.stat().st_size * (_DEFLATE if packed else 1):
+        raise InputError(f"{path}: its header says more voxels than there are in the file. Repair or remove it.")
+
+
+def nifti_unit(header: Any) -> float:
+    """Millimetres that a NIfTI header counts in; NIfTI without a unit, and Analyze, are in millimetres."""
+    return {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0) if "xyzt_units" in header else 1.0
 
 
 def _information(path: Path) -> sitk.ImageFileReader:
@@ -146,7 +172,10 @@ def _itk(path: Path) -> Header:
     if len(size) > 3:
         raise InputError(f"{path}: holds {size[3]} volumes. Save each as a file.")
     dtype = sitk.GetPixelIDValueAsString(reader.GetPixelID()).removeprefix("vector of ")
-    return Header(tuple(size), components, _DTYPES.get(dtype, dtype), list(reader.GetSpacing()))
+    found = checked(path, Header(tuple(size), components, _DTYPES.get(dtype, dtype), list(reader.GetSpacing())))
+    if suffix(path) in (".mha", ".nrrd"):
+        _require_there(path, math.prod(size) * components, path, True)
+    return found
 
 
 _DTYPES = {
@@ -157,7 +186,8 @@ _DTYPES = {
 
 
 def _photo(path: Path) -> Header:
-    with Image.open(path) as image:
+    # Pillow would take a PostScript file of this name, and run a program on it.
+    with Image.open(path, formats=_PHOTOS) as image:
         mode, frames = image.mode, getattr(image, "n_frames", 1)
         if frames > 1:
             raise InputError(f"{path}: holds {frames} pictures, a film. Save each as a file.")
@@ -188,6 +218,9 @@ def tiff_axes(path: Path, axes: str, shape: tuple[int, ...]) -> tuple[int, int, 
 def _tiff(path: Path) -> Header:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
+        _require_all_pages(path, file)
+        if series.dtype is None or series.dtype.kind not in "uifb":
+            raise InputError(f"{path}: voxels of type {series.dtype} are no image. Convert or remove the file.")
         x, y, z, channels = tiff_axes(path, series.axes, series.shape)
         count = math.prod(series.shape[n] for n in channels)
         meaning = file.pages.first.photometric
@@ -197,11 +230,31 @@ def _tiff(path: Path) -> Header:
             raise InputError(
                 f"{path}: has pages of {tifffile.PHOTOMETRIC(meaning).name} values. Save them as grey or RGB."
             )
+        elif meaning == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.itemsize > 1:
+            raise InputError(f"{path}: has {series.dtype} values of which zero is white. Save them as grey.")
         size = (series.shape[x], series.shape[y])
         if z is None:
             return Header(size, count, str(series.dtype))
         spacing = _imagej_spacing(file) if series.axes[z] == "Z" else None
         return Header((*size, series.shape[z]), count, str(series.dtype), spacing)
+
+
+def plain_tiff(path: Path) -> bool:
+    """Whether Pillow reads a TIFF as it is stored: it would turn some, and scramble them."""
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages.first.tags.get("Orientation")
+        return tag is None or tag.value == 1
+
+
+def _require_all_pages(path: Path, file: tifffile.TiffFile) -> None:
+    """Refuse a file whose last page says that another one follows; tifffile only logs that."""
+    last, handle, form = file.pages[-1], file.filehandle, file.tiff
+    handle.seek(last.offset)
+    (tags,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    handle.seek(last.offset + form.tagnosize + tags * form.tagsize)
+    (after,) = struct.unpack(form.offsetformat, handle.read(form.offsetsize))
+    if after >= handle.size:
+        raise InputError(f"{path}: is cut short, pages are missing. Copy it again, or remove it.")
 
 
 def _imagej_spacing(file: tifffile.TiffFile) -> list[float] | None:
@@ -221,10 +274,13 @@ def array_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """
     found = {}
     with readable(path, "header cannot be read"), zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
+        for info in archive.infolist():
+            name = info.filename
+            with archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(member)
+                if not dtype.hasobject and math.prod(shape) * dtype.itemsize > info.file_size - member.tell():
+                    raise InputError(f"{path}: {name} says more values than there are. Repair or remove the file.")
                 found[name.removesuffix(".npy")] = (shape, dtype)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from biovfm_monai.data.headers import is_colour, readable
+from biovfm_monai.data.headers import Header, checked, is_colour, readable
 from biovfm_monai.errors import InputError
 
 __all__ = ["describe_archive"]
@@ -38,10 +38,11 @@ def describe_archive(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.
     modality = next((modality for known, modality in _MODALITY.items() if name.startswith(known)), None)
     items = []
     for split, (shape, dtype) in images.items():
-        if len(shape) not in (3, 4) or dtype.kind not in "uif":
+        if len(shape) not in (3, 4) or dtype.kind not in "uif" or 0 in shape[1:]:
             raise InputError(f"{path}: {split}_images of {dtype} {shape} are no images. Save each as a file.")
         colour = is_colour(shape[1:])
         size = [int(n) for n in (shape[2:0:-1] if colour else shape[:0:-1])]
+        checked(path, Header(tuple(size), shape[-1] if colour else 1, str(dtype)))
         labels = _labels(path, f"{split}_labels", shape[0]) if f"{split}_labels" in arrays else None
         for number in range(shape[0]):
             item = {
@@ -50,6 +51,8 @@ def describe_archive(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.
                 "split": _SPLITS[split],
             }  # fmt: skip
             items.append(item if labels is None else item | {"label": labels[number]})
+    if not items:
+        raise InputError(f"{path}: holds no image. Remove the file.")
     return items
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from biovfm_monai.data.preprocessing import ByModalityd
 from biovfm_monai.data.reading import read_image
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, reason_of
 from biovfm_monai.files import write_atomically
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
@@ -79,7 +79,7 @@ class Overview:
                 image = prepare({"image": read_image(item["image"]), "modality": item["modality"]})["image"]
                 tiles.append((f"{item['modality']}: {item.get('source', '')}", middle_slice(image)))
             except (InputError, RuntimeError) as error:
-                failures.append(str(error.__cause__ or error))
+                failures.append(reason_of(error))
         if tiles:
             rows = [tiles[n : n + _COLUMNS] for n in range(0, len(tiles), _COLUMNS)]
             with write_atomically(path) as draft:

@@ -26,7 +26,7 @@ from biovfm_monai.data.find import find_images, hashed
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
 from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, reason_of
 from biovfm_monai.files import require_writable, write_atomically
 from biovfm_monai.sheet import middle_slice
 
@@ -181,9 +181,8 @@ def _write_shard(out: Path, number: int, items: Sequence[dict[str, Any]], prepar
             try:
                 row, frame = _prepared(item, prepare, salt)
             except (InputError, RuntimeError) as error:
-                # MONAI wraps what its transforms raise.
                 name = item["image"] if isinstance(item["image"], str) else item["image"][0]
-                rejected.append({"file": name, "reason": str(error.__cause__ or error)})
+                rejected.append({"file": name, "reason": reason_of(error)})
                 continue
             rows.append({"shard": number, "start": file.tell() // ALIGNMENT, "bytes": len(frame), **row})
             file.write(frame + bytes(-len(frame) % ALIGNMENT))

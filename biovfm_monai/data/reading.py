@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +30,13 @@ from biovfm_monai.data.headers import (
     PHOTO,
     TIFF,
     VOLUME,
+    Header,
+    array_headers,
+    checked,
     header_of,
     is_colour,
+    nifti_unit,
+    plain_tiff,
     readable,
     suffix,
     tiff_axes,
@@ -52,8 +60,13 @@ def _plain_colours(image: Image.Image) -> Image.Image:
     return image.convert("L") if image.mode in ("1", "LA") else image
 
 
+def _listed(path: Path) -> bool:
+    """Whether a survey would take a file in a folder for a slice."""
+    return not path.name.startswith(".") and path.is_file() and is_dicom(path)
+
+
 def _slices(folder: Path) -> dict[Path, pydicom.Dataset]:
-    headers = image_headers(path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path))
+    headers = image_headers(path for path in sorted(folder.iterdir()) if _listed(path))
     if not headers:
         raise InputError(f"{folder}: a folder without DICOM images is no image. Correct the datalist.")
     return headers
@@ -84,12 +97,19 @@ def part_of(path: str | Path) -> tuple[Path, str | None]:
 
     Archives of arrays need a name and a number, as in "bloodmnist.npz::train_images::17".
     """
-    file, separator, part = str(path).partition("::")
-    return (Path(path), None) if not separator or Path(path).exists() else (Path(file), part)
+    pieces = str(path).split("::")
+    for count in range(len(pieces), 0, -1):
+        file = Path("::".join(pieces[:count]))
+        if file.exists():
+            return file, "::".join(pieces[count:]) or None
+    return Path(pieces[0]), "::".join(pieces[1:]) or None
 
 
 @lru_cache(maxsize=1)
 def _array(path: Path, name: str) -> np.ndarray:
+    shape, dtype = array_headers(path)[name]
+    if dtype.kind in "uif":
+        checked(path, Header(shape[1:] or (1,), 1, str(dtype)))
     with np.load(path, allow_pickle=False) as arrays:
         return np.asarray(arrays[name])
 
@@ -105,12 +125,18 @@ def _of_archive(path: Path, part: str | None) -> tuple[np.ndarray, dict[str, Any
 
 def _of_nifti(path: Path, part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
     reader = NibabelReader()
+    if suffix(path) == ".nii.gz":
+        with gzip.open(path) as file:  # nibabel does not look at the checksum
+            while file.read(2**20):
+                pass
     image = reader.read(str(path))
     if part is not None:
         if not part.isdecimal() or image.ndim < 4 or int(part) >= image.shape[3]:
             raise InputError(f"{path}: has no volume {part!r} in its size {image.shape}. Correct the datalist.")
         image = nib.squeeze_image(image.slicer[..., int(part) : int(part) + 1])
-    return reader.get_data(image)
+    array, meta = reader.get_data(image)
+    meta["affine"] = np.diag([*[nifti_unit(image.header)] * 3, 1.0]) @ np.asarray(meta["affine"], dtype=float)
+    return array, meta
 
 
 def _of_tiff(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -126,11 +152,29 @@ def _of_tiff(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return array, {"affine": _LPS @ np.diag([*spacing, 1.0]), "original_channel_dim": 0}
 
 
+def _require_all_rows(path: Path) -> None:
+    """Refuse a PNG whose pixels end before its last row; Pillow shows black there."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG") or content[28]:  # interlaced: rows of seven sizes
+        return
+    width, height, depth, colour = struct.unpack(">IIBB", content[16:26])
+    packed, at = [], 8
+    while at + 8 <= len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        if content[at + 4 : at + 8] == b"IDAT":
+            packed.append(content[at + 8 : at + 8 + length])
+        at += 12 + length
+    row = 1 + -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
+    if len(zlib.decompressobj().decompress(b"".join(packed), row * height)) < row * height:
+        raise InputError(f"{path}: its header says more rows than there are. Repair or remove the file.")
+
+
 def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if suffix(path) in TIFF:
         header = header_of(path)
         # Pillow would make eight bits of sixteen-bit colours.
-        known = len(header.shape) == 2 and (header.channels == 1 or header.dtype == "uint8")
+        known = header.dtype == "uint8" or (header.channels == 1 and header.dtype in ("uint16", "int16", "float32"))
+        known = known and len(header.shape) == 2 and plain_tiff(path)
         try:
             with Image.open(path):
                 pass
@@ -138,6 +182,7 @@ def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
             known = False
         if not known:
             return _of_tiff(path)
+    _require_all_rows(path)
     reader = PILReader(converter=_plain_colours)
     return reader.get_data(reader.read(str(path)))
 
@@ -145,7 +190,7 @@ def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 def _of_itk(files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
     """What ITK reads: NRRD, MetaImage, and DICOM in a file, a folder, or files that are the slices of a volume."""
     path = files[0]
-    headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files[1:] and files}
+    headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files if is_dicom(file)}
     files = [*headers] or files
     reader = ITKReader()
     array, meta = reader.get_data(reader.read(str(files[0])) if len(files) == 1 else _read_series(headers))
@@ -159,6 +204,8 @@ def _of_itk(files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _read(files: Sequence[Path], part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
     """An array and what is known of it: "affine" and, in MONAI's words, "original_channel_dim"."""
+    if files[0].is_dir():
+        return _of_itk(files)
     ending = suffix(files[0])
     if ending in ARRAYS:
         return _of_archive(files[0], part)
@@ -190,7 +237,7 @@ def read_image(path: str | Path | Sequence[str | Path]) -> MetaTensor:
     file, part = part_of(path) if isinstance(path, str | Path) else (Path(path[0]), None)
     files = [file] if isinstance(path, str | Path) else [Path(one) for one in path]
     for one in files:
-        if not one.exists():
+        if not (one.is_file() or one.is_dir()):
             raise InputError(f"{one}: no such file. Correct the path in the datalist.")
     with readable(file, "cannot be read as an image"):
         array, meta = _read(files, part)
@@ -201,6 +248,9 @@ def read_image(path: str | Path | Sequence[str | Path]) -> MetaTensor:
             raise InputError(
                 f"{file}: holds {(~np.isfinite(array)).sum()} NaN or infinite voxels. Repair or remove it."
             )
+    affine = np.asarray(meta.get("affine", np.eye(4)), dtype=float)
+    if not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+        raise InputError(f"{file}: its header places the voxels nowhere. Correct it, or remove the file.")
     # A header also names the patient.
     meta = {key: meta[key] for key in _KEPT if key in meta} | {"filename_or_obj": str(path if part else file)}
     image = MetaTensor.ensure_torch_and_prune_meta(torch.from_numpy(np.ascontiguousarray(array)), meta)

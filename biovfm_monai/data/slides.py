@@ -32,9 +32,9 @@ def is_slide(path: Path) -> bool:
     if suffix(path) not in TIFF:
         return suffix(path) in SLIDES
     try:
-        with tifffile.TiffFile(path) as file:
+        with readable(path, "header cannot be read"), tifffile.TiffFile(path) as file:
             return bool(file.series[0].is_pyramidal and file.pages.first.is_tiled)
-    except (OSError, ValueError, IndexError, tifffile.TiffFileError):
+    except InputError:
         return False
 
 
@@ -60,6 +60,8 @@ def describe_slide(path: Path) -> list[dict[str, Any]]:
     corners = [
         (round(column * side), round(row * side)) for row, column in zip(*np.nonzero(share >= _TISSUE), strict=True)
     ]
+    if not corners:
+        raise InputError(f"{path}: shows no tissue. Remove the file.")
     return [{"image": f"{path}::{x}::{y}", **described} for x, y in corners]
 
 

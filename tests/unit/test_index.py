@@ -133,7 +133,7 @@ def test_settings_fill_in_fields_by_path_and_leave_images_out(mess, tmp_path):
     ("options", "message"),
     [
         ({"settings": {"a(": {}}}, "setting 'a\\('"),
-        ({"settings": {"a": {"name": "x"}}}, "no field 'name' to set, but label, modality"),
+        ({"settings": {"a": {"name": "x"}}}, "no field 'name' to set, but alike, label"),
         ({"validation": 0.6, "test": 0.5}, "validation 0.6 and test 0.5"),
         ({"modality": "sonar"}, "no image found"),
         ({"out": "list.txt"}, r"list.txt: a datalist is .json or .parquet"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
-from biovfm_monai.draws import random_keys
 from biovfm_monai.networks import ViT, random_mask, sincos_positions, vit_base, vit_large, vit_small, vit_tiny
 
 
