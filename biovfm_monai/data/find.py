@@ -273,7 +273,9 @@ def _gather(path: Path, headers: dict[Path, pydicom.Dataset], instances: dict[st
         return str(error)
     if header is None or not is_image(header):
         return NO_IMAGE
-    first = instances.setdefault(str(header.get("SOPInstanceUID") or path), path)
+    # Some archives give all slices of a series one number.
+    instance = [str(header.get(tag)) for tag in ("SOPInstanceUID", "InstanceNumber", "ImagePositionPatient")]
+    first = instances.setdefault(" ".join(instance) if header.get("SOPInstanceUID") else str(path), path)
     if first != path:
         return f"{path}: the same instance as {first.name}. Remove one of them."
     headers[path] = header
