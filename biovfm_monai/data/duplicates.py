@@ -43,16 +43,22 @@ def count_alike(hashes: NDArray[np.uint64], others: NDArray[np.uint64] | None = 
         others: among which to count; by default the hashes themselves, each of which counts as its own.
     """
     if others is None:
-        counts = np.ones(len(hashes), dtype=np.int32)
-        for a, b in _pairs(hashes):
-            np.add.at(counts, a, 1)
-            np.add.at(counts, b, 1)
-        return counts
-    counts = np.zeros(len(hashes), dtype=np.int32)
-    for a, b in _pairs(np.concatenate([hashes, others])):
-        first, second = np.minimum(a, b), np.maximum(a, b)
-        np.add.at(counts, first[(first < len(hashes)) & (second >= len(hashes))], 1)
-    return counts
+        others = hashes
+    # Black images, of which there may be very many, all have one hash.
+    different, which = np.unique(hashes, return_inverse=True)
+    known, times = np.unique(others, return_counts=True)
+    counts = np.zeros(len(different), dtype=np.int64)
+    _, of, among = np.intersect1d(different, known, assume_unique=True, return_indices=True)
+    counts[of] = times[among]
+    joined, total = np.union1d(different, known), np.zeros(len(different), dtype=np.int64)
+    at, weight = np.searchsorted(different, joined), np.zeros(len(joined), dtype=np.int64)
+    weight[np.searchsorted(joined, known)] = times
+    inside = np.isin(joined, different, assume_unique=True)
+    for a, b in _pairs(joined):
+        for one, other in ((a, b), (b, a)):
+            chosen = inside[one]
+            np.add.at(total, at[one[chosen]], weight[other[chosen]])
+    return (counts + total)[which].astype(np.int32)
 
 
 def _pairs(hashes: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -50,7 +50,9 @@ def encode(image: NDArray[np.float32], eight_bit: bool) -> Encoded:
     numbers[image == 1] = last = np.ceil((1 - lowest) / step - 1e-3)
     levels = int(last - first) + 1
     dtype, least = (np.uint8, 0) if levels <= 256 else (np.int16, -(2**15) if levels > 2**15 else 0)
-    return Encoded((numbers - first + least).astype(dtype), step, float(lowest + (first - least) * step), True)
+    encoded = Encoded((numbers - first + least).astype(dtype), step, float(lowest + (first - least) * step), True)
+    exact = np.abs(decode(*encoded).numpy() - image).max() <= _ROUNDING
+    return encoded if exact else Encoded(image.astype(np.float16), 1.0, 0.0, unit)
 
 
 def _steps(image: NDArray[np.float32]) -> tuple[float, float] | None:

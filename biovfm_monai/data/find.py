@@ -29,8 +29,8 @@ from biovfm_monai.data.slides import SLIDES, describe_slide, is_slide
 from biovfm_monai.errors import InputError
 
 __all__ = [
-    "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "folder_modality", "hashed", "require_modality",
-    "survey",
+    "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "folder_modality", "hashed", "look_into",
+    "require_modality", "survey",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,11 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
     """
     items: list[Item] = []
     rejected: list[Rejected] = []
+    patients: dict[str, int] = {}
     for found in survey(folder):
+        for item in found.items:
+            if "patient" in item:
+                item["subject"] = f"patient-{patients.setdefault(item.pop('patient'), len(patients) + 1)}"
         items += found.items
         rejected += found.rejected
     broken = [one for one in rejected if one.reason != NO_IMAGE]
@@ -125,17 +129,16 @@ def require_modality(items: list[Item], modality: str | None = None) -> list[Ite
     return wanted
 
 
-def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) -> Iterator[Findings]:
+def survey(folder: str | Path, num_workers: int = 1) -> Iterator[Findings]:
     """Describe all that can be used below a folder, or one file, and name all the rest, one folder after the other.
 
     Args:
         folder: what is looked through.
-        salt: makes of a patient's identifier the subject's name, one that cannot be turned back without the salt; None
-            to number the patients.
         num_workers: processes that read headers.
 
     Returns:
-        Items as from `find_images`, with "modality" None where it is not known, and the files left out.
+        Items as from `find_images`, with "modality" None where it is not known and the patient's own identifier as
+        "patient", which must not be written anywhere; and the files left out.
 
     Raises:
         InputError: when the folder is not there.
@@ -143,16 +146,9 @@ def survey(folder: str | Path, salt: str | None = None, num_workers: int = 1) ->
     folder = Path(folder).expanduser().resolve()
     if not folder.exists():
         raise InputError(f"{folder}: no such file or folder. Correct the path.")
-    patients: dict[str, int] = {}
     denied: list[OSError] = []
-    looks = (delayed(_look_into)(parent, files, folder) for parent, files in _files_by_folder(folder, denied.append))
-    for found in Parallel(n_jobs=num_workers, return_as="generator")(looks):
-        for item in found.items:
-            if "patient" in item:
-                patient = item.pop("patient")
-                number = patients.setdefault(patient, len(patients) + 1)
-                item["subject"] = f"patient-{number}" if salt is None else hashed(patient, salt)
-        yield found
+    looks = (delayed(look_into)(parent, files, folder) for parent, files in _files_by_folder(folder, denied.append))
+    yield from Parallel(n_jobs=num_workers, return_as="generator")(looks)
     shut = [f"{error.filename}: {error.strerror}. Change its rights." for error in denied]
     if shut:
         yield Findings([], [Rejected(reason.partition(": ")[0], reason) for reason in shut])
@@ -220,7 +216,8 @@ def _degree(shape: list[int], spacing: list[float] | None) -> int:
     return anisotropy_of([thick, plane[0], plane[0]])
 
 
-def _look_into(parent: Path, files: list[Path], root: Path) -> Findings:
+def look_into(parent: Path, files: list[Path], root: Path) -> Findings:
+    """Describe the images among files of one folder, and name the others."""
     found = Findings([], [])
     headers: dict[Path, pydicom.Dataset] = {}
     instances: dict[str, Path] = {}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from biovfm_monai.data import modalities
 from biovfm_monai.data.datalist import read_datalist, write_datalist
-from biovfm_monai.data.find import NO_IMAGE, Findings, Rejected, survey
+from biovfm_monai.data.find import NO_IMAGE, Findings, Rejected, hashed, look_into, survey
 from biovfm_monai.data.overview import Overview
 from biovfm_monai.data.reading import part_of
 from biovfm_monai.errors import InputError
@@ -25,7 +25,7 @@ __all__ = ["index"]
 
 _SUBJECT = re.compile(r"(?:^|[/_.-])(sub-[0-9A-Za-z]+)")
 _Rules = list[tuple[re.Pattern[str], Mapping[str, Any] | None]]
-_SETTABLE = ("alike", "label", "modality", "source", "spacing", "split", "subject")
+_SETTABLE = ("alike", "label", "modality", "source", "split", "subject")
 
 
 def index(
@@ -74,32 +74,37 @@ def index(
     table = Overview()
     rejected: list[Rejected] = []
 
+    listed, thumbnails = out.with_name("rejected.csv"), out.with_name("thumbnails.png")
+    own = {str(path) for path in (out, listed, thumbnails)}
+
     def batches() -> Iterator[list[dict[str, Any]]]:
         for path in paths:
-            for found in tqdm(_look(Path(path).expanduser(), salt, num_workers), "folders", leave=False, delay=2):
-                rejected.extend(found.rejected)
+            for found in tqdm(_look(Path(path).expanduser(), num_workers), "folders", leave=False, delay=2):
+                rejected.extend(one for one in found.rejected if one.file not in own)
                 kept = []
                 for item in found.items:
                     reason = _complete(item, rules, modality)
-                    if reason:
+                    if reason and _path(item) not in own:
                         rejected.append(Rejected(_path(item), reason))
-                        continue
-                    item.setdefault("split", _split(item, validation, test, seed))
-                    kept.append(item)
+                    elif _path(item) not in own:
+                        kept.append(_placed(item, validation, test, seed, salt))
                 table.add(kept)
                 yield kept
+        _write_rejected(listed, rejected)
+        if not table.groups:
+            raise InputError(f"no image found in {', '.join(str(path) for path in paths)}. See {listed}.")
 
     write_datalist(out, batches())
-    listed = out.with_name("rejected.csv")
-    with write_atomically(listed) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "reason"), *rejected])
-    if not table.groups:
-        raise InputError(f"no image found in {', '.join(str(path) for path in paths)}. See {listed}.")
-    failures = table.draw(out.with_name("thumbnails.png"))
+    failures = table.draw(thumbnails)
     return "\n".join([*table.lines(), *_report(out, rejected, failures)])
 
 
-def _look(path: Path, salt: str, num_workers: int) -> Iterator[Findings]:
+def _write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+    with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "reason"), *rejected])
+
+
+def _look(path: Path, num_workers: int) -> Iterator[Findings]:
     """Survey one path; in a table or datalist each entry keeps the fields that it states."""
     entries = None
     if path.suffix == ".csv" and path.is_file():
@@ -108,32 +113,34 @@ def _look(path: Path, salt: str, num_workers: int) -> Iterator[Findings]:
         sections = read_datalist(path)
         entries = [{"split": name, **item} for name, items in sections.items() for item in items]
     if entries is None:
-        for found in survey(path, salt, num_workers):
+        for found in survey(path, num_workers):
             yield _with_fields(found, {"source": path.resolve().stem if path.is_file() else path.resolve().name})
         return
     for entry in entries:
         fields = {name: entry[name] for name in _SETTABLE if entry.get(name) not in (None, "")}
-        yield _with_fields(_entry(entry["image"], salt), {"source": path.stem, **fields})
+        yield _with_fields(_entry(entry["image"]), {"source": path.stem, **fields})
 
 
-def _entry(image: str | list[str], salt: str) -> Findings:
+def _entry(image: str | list[str]) -> Findings:
     """What one entry of a table names: a file, a part of one, a folder, or the slices of a volume."""
-    first = image if isinstance(image, str) else image[0]
-    file = Path(first) if Path(first).exists() else Path(first.partition("::")[0])
-    try:
-        found = list(survey(file.parent if isinstance(image, list) else file, salt))
-    except InputError as error:
-        return Findings([], [Rejected(str(first), str(error))])
-    items = [item for one in found for item in one.items]
-    rejected = [one for each in found for one in each.rejected]
     if isinstance(image, list):
-        wanted = {str(Path(path).resolve()) for path in image}
-        items = [item for item in items if isinstance(item["image"], list) and set(item["image"]) == wanted]
-        rejected = [one for one in rejected if one.file in wanted or not items]
-    elif str(file) != first:
-        items = [item for item in items if item["image"].endswith(first.partition("::")[2])]
+        files = [Path(path).resolve() for path in image]
+        found = look_into(files[0].parent, files, files[0].parent)
+        # A series that is all that was looked at goes by its folder, which may hold others.
+        whole = str(files[0].parent)
+        named = [str(file) for file in files]
+        return Findings(
+            [item | {"image": named} if item["image"] == whole else item for item in found.items], found.rejected
+        )
+    file, part = part_of(image)
+    try:
+        folders = [*survey(file)]
+    except InputError as error:
+        return Findings([], [Rejected(image, str(error))])
+    items = [item for one in folders for item in one.items if part in (None, part_of(item["image"])[1])]
+    rejected = [one for each in folders for one in each.rejected]
     if not items and not rejected:
-        rejected = [Rejected(str(first), f"{first}: names no image. Correct the entry.")]
+        rejected = [Rejected(image, f"{image}: names no image. Correct the entry.")]
     return Findings(items, rejected)
 
 
@@ -147,7 +154,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f'{path}: has no column "image". Name the column of the paths so.')
     for row in rows:
         row["image"] = str(path.parent / str(row["image"]))
-        for name in ("alike", "label", "spacing"):
+        for name in ("alike", "label"):
             if row.get(name):
                 row[name] = _parsed(row[name])
     return rows
@@ -184,7 +191,7 @@ def _path(item: Mapping[str, Any]) -> str:
 def _complete(item: dict[str, Any], rules: _Rules, modality: str | None) -> str | None:
     """Fill in what the path and the settings say; returns why the image is left out, if it is."""
     path = _path(item)
-    if "subject" not in item and (match := _SUBJECT.search(path)):
+    if not {"subject", "patient"} & set(item) and (match := _SUBJECT.search(path)):
         item["subject"] = match[1]
     for pattern, fields in rules:
         match = pattern.search(path)
@@ -200,12 +207,22 @@ def _complete(item: dict[str, Any], rules: _Rules, modality: str | None) -> str 
     return f"{path}: {what}. {remedy} ({', '.join(modalities.__all__)})."
 
 
-def _split(item: Mapping[str, Any], validation: float, test: float, seed: int) -> str:
-    """Section of an image: a pure function of its subject, or else its file, and the seed."""
-    one = item.get("subject") or str(part_of(_path(item))[0])
-    name = json.dumps([seed, item.get("source"), one]).encode()
-    place = int.from_bytes(blake2b(name, digest_size=8).digest()) / 2**64
-    return "test" if place < test else "validation" if place < test + validation else "training"
+def _placed(item: dict[str, Any], validation: float, test: float, seed: int, salt: str) -> dict[str, Any]:
+    """An item in its section, a pure function of its patient, or else its subject or file, and of the seed."""
+    item["source"] = str(item["source"])
+    patient = item.pop("patient", None)
+    if item.get("subject") is not None:
+        item["subject"] = str(item["subject"])
+        who = [item["source"], item["subject"]]
+    elif patient is not None:
+        # The same patient may be found in several folders.
+        item["subject"], who = hashed(patient, salt), [patient]
+    else:
+        who = [item["source"], *part_of(_path(item))[0].parts[-2:]]
+    place = int.from_bytes(blake2b(json.dumps([seed, *who]).encode(), digest_size=8).digest()) / 2**64
+    drawn = "test" if place < test else "validation" if place < test + validation else "training"
+    item["split"] = str(item.get("split") or drawn)
+    return item
 
 
 def _report(out: Path, rejected: Sequence[Rejected], failures: Sequence[str]) -> list[str]:

@@ -234,6 +234,8 @@ def _likeness(alike: NDArray[Any] | None) -> tuple[Labels, NDArray[np.float64]]:
 
 def _combined(rows: int, columns: Sequence[Labels]) -> NDArray[np.int32]:
     """One number per row for the values of all columns, the first one the slowest."""
+    if math.prod(len(column.names) for column in columns) >= 2**31:
+        raise InputError("there are too many sources times modalities to mix. Join small sources into one.")
     code = np.zeros(rows, dtype=np.int32)
     for column in columns:
         if len(column.names) > 1:

@@ -22,7 +22,7 @@ from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data.datalist import read_datalist
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
 from biovfm_monai.data.encoding import encode, frame_of
-from biovfm_monai.data.find import find_images, hashed
+from biovfm_monai.data.find import hashed, require_modality, survey
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
 from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name
@@ -79,7 +79,7 @@ def pack(
         InputError: when the datalist cannot be used, or the folder holds another store.
     """
     out = Path(out).expanduser().resolve()
-    items = _items(Path(datalist).expanduser().resolve(), modality)
+    items, unread = _items(Path(datalist).expanduser().resolve(), modality)
     prepare = ByModalityd("image", spacing, presets)
     about = {
         "format": 1, "spacing": spacing, "presets": presets or {}, "datalist": _digest(items),
@@ -87,28 +87,34 @@ def pack(
     }  # fmt: skip
     require_writable(out)
     _begin(out, about)
-    if (out / INDEX).is_file():
-        return f"{out}: was ready already. Remove it to pack again."
-    salt = salt or _kept_salt(out)
     shards = list(_shards(items))
+    if (out / INDEX).is_file():
+        _tidy(out, len(shards))
+        return f"{out}: was ready already. Remove it to pack again."
+    salt = _kept_salt(out, salt)
     todo = [number for number in range(len(shards)) if not _table_of(out, number).is_file()]
     jobs = (delayed(_write_shard)(out, number, shards[number], prepare, salt) for number in todo)
     finished = Parallel(n_jobs=num_workers, return_as="generator_unordered")(jobs)
     for _ in tqdm(finished, "shards", total=len(shards), initial=len(shards) - len(todo), disable=not todo):
         pass
-    return _finish(out, len(shards), exclude_benchmark)
+    return _finish(out, len(shards), exclude_benchmark, unread)
 
 
-def _items(path: Path, modality: str | None) -> list[dict[str, Any]]:
+def _items(path: Path, modality: str | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The items of a datalist or folder, and the files of a folder that cannot be used, with the reason."""
+    unread: list[dict[str, str]] = []
     if path.is_dir():
-        items = find_images(path, modality)
+        items = []
+        for found in survey(path):
+            items += [item | ({"subject": item.pop("patient")} if "patient" in item else {}) for item in found.items]
+            unread += [one._asdict() for one in found.rejected]
     elif path.suffix in (".json", ".parquet") and path.is_file():
         items = [{"split": name, **item} for name, of in read_datalist(path).items() for item in of]
     else:
         raise InputError(f"{path}: no datalist. Write one with `biovfm index`, or name a folder of images.")
     if not items:
         raise InputError(f"{path}: names no image. Index a folder that holds some.")
-    return items
+    return require_modality(items, modality), unread
 
 
 def _digest(items: Iterable[Mapping[str, Any]]) -> str:
@@ -136,21 +142,31 @@ def _begin(out: Path, about: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{out}: holds a store of another {' and '.join(other)}. Remove it, or give another --out."
             )
-    elif any(out.iterdir()):
+    elif any(path for path in out.iterdir() if path.name != f".{ABOUT}.draft"):
         raise InputError(f"{out}: holds files, but no store. Give an empty folder as --out.")
     else:
         with write_atomically(path) as draft:
             draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _kept_salt(out: Path) -> str:
-    """A random salt that lasts until the store is ready."""
+def _kept_salt(out: Path, salt: str | None) -> str:
+    """The salt, which lasts until the store is ready, so that all its subjects have the same one."""
     path = out / _SALT
     if not path.is_file():
         with write_atomically(path) as draft:
-            draft.write_text(secrets.token_hex(16), encoding="ascii")
-            draft.chmod(0o600)
-    return path.read_text(encoding="ascii")
+            draft.write_text(salt or secrets.token_hex(16), encoding="utf-8")
+        path.chmod(0o600)
+    kept = path.read_text(encoding="utf-8")
+    if salt not in (None, kept):
+        raise InputError(f"{out}: was begun with another --salt. Give that one, or another --out.")
+    return kept
+
+
+def _tidy(out: Path, count: int) -> None:
+    """Remove what only packing needs: the salt, and the shards' tables, in which paths stand."""
+    for number in range(count):
+        _table_of(out, number).unlink(missing_ok=True)
+    (out / _SALT).unlink(missing_ok=True)
 
 
 def _shards(items: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -205,17 +221,22 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
         "spacing": spacing, "anisotropy": degree,
         "modality": item["modality"], "source": item.get("source", ""), "split": item.get("split", "training"),
         "subject": None if subject is None else hashed(f"{item.get('source', '')}/{subject}", salt),
-        "label": json.dumps(item["label"]) if "label" in item else None, "alike": item.get("alike", 1),
+        "label": _label(item.get("label")), "alike": item.get("alike", 1),
         "checksum": digest.hexdigest(), "hash": perceptual_hash(middle_slice(image)),
         "file": item["image"] if isinstance(item["image"], str) else item["image"][0],
     }  # fmt: skip
     return row, frame_of(encoded, degree, spacing)
 
 
-def _finish(out: Path, count: int, benchmarks: Sequence[str | Path]) -> str:
+def _label(label: Any) -> str | None:
+    """A label as JSON; none for the path of a label map, which may name somebody."""
+    return None if label is None or (isinstance(label, str) and "/" in label) else json.dumps(label)
+
+
+def _finish(out: Path, count: int, benchmarks: Sequence[str | Path], unread: Sequence[dict[str, str]]) -> str:
     """Join the shards' tables, leave out what is there twice or in a benchmark, and write the index."""
     tables = [pq.read_table(_table_of(out, number)) for number in range(count)]
-    rejected = [row for table in tables for row in json.loads(table.schema.metadata[b"rejected"])]
+    rejected = [*unread] + [row for table in tables for row in json.loads(table.schema.metadata[b"rejected"])]
     table = pa.concat_tables(tables).replace_schema_metadata(None)
     checksums, files = table.column("checksum").to_numpy(), table.column("file").to_numpy()
     _, first, which = np.unique(checksums, return_index=True, return_inverse=True)
@@ -242,9 +263,7 @@ def _finish(out: Path, count: int, benchmarks: Sequence[str | Path]) -> str:
     table = table.replace_schema_metadata({"images": json.dumps(images)})
     with write_atomically(out / INDEX) as draft:
         pq.write_table(table, draft, row_group_size=2**20)
-    for number in range(count):
-        _table_of(out, number).unlink()
-    (out / _SALT).unlink(missing_ok=True)
+    _tidy(out, count)
     size = sum(path.stat().st_size for path in out.iterdir())
     left = [f"{len(rows)} {name} ({out.name}-{name}.csv)" for name, rows in lists.items() if rows]
     without = f"\nLeft out: {', '.join(left)}." if left else ""
@@ -252,7 +271,8 @@ def _finish(out: Path, count: int, benchmarks: Sequence[str | Path]) -> str:
 
 
 def _write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table of files, if there are any."""
+    """Write a table of files, or remove that of an earlier store, if there are none."""
+    path.unlink(missing_ok=True)
     if rows:
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))

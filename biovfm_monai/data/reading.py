@@ -166,7 +166,9 @@ def _require_all_rows(path: Path) -> None:
         at += 12 + length
     row = 1 + -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
     if len(zlib.decompressobj().decompress(b"".join(packed), row * height)) < row * height:
-        raise InputError(f"{path}: its header says more rows than there are. Repair or remove the file.")
+        raise InputError(
+            f"{path}: cannot be read as an image, since it ends before its last row. Repair or remove the file."
+        )
 
 
 def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:

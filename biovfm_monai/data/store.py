@@ -115,6 +115,7 @@ class Store(Sequence[dict[str, Any]]):
         """One sample; the keys beside "image", "modality" and "prepared" are those of a datalist item."""
         if isinstance(row, slice):
             return [self[n] for n in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
         start = int(self._starts[row]) * ALIGNMENT
         shard = int(np.searchsorted(self._ends, row if self._rows is None else self._rows[row], side="right"))
         sample: dict[str, Any] = {"image": StoredImage(self.path / shard_name(shard), start)}

@@ -201,3 +201,53 @@ def test_the_command_prints_the_table(mess, tmp_path, run):
     assert "error: " in failed.stderr
     assert "nowhere: no such file or folder" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_patient_is_in_one_section_in_every_run_and_every_folder(tmp_path):
+    for folder in ("a", "b"):
+        for number in range(12):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_dicom(tmp_path / folder / f"p{number}/x.dcm", f"{folder}.{number}", PatientID=f"P{number}")
+
+    def sections(name):
+        index([tmp_path / "a", tmp_path / "b"], tmp_path / name / "datalist.json", test=0.5)
+        found = json.loads((tmp_path / name / "datalist.json").read_text())
+        return {item["image"][-8:]: section for section, items in found.items() for item in items}, found
+
+    (first, found), (again, _) = sections("one"), sections("two")
+    assert first == again
+    assert set(first.values()) == {"training", "test"}
+    subjects = [{item["subject"] for item in items} for items in found.values()]
+    assert not subjects[0] & subjects[1]
+    assert sum(map(len, found.values())) == 24
+    assert "P3" not in json.dumps([item["subject"] for items in found.values() for item in items])
+
+
+def test_parts_of_a_file_are_told_apart(tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4, 14), np.float32), np.eye(4)), tmp_path / "cine.nii.gz")
+    content = {"training": [{"image": "cine.nii.gz::3"}], "test": [{"image": "cine.nii.gz::13"}]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    index([tmp_path / "list.json"], tmp_path / "out/datalist.json", modality="mri")
+    sections = json.loads((tmp_path / "out/datalist.json").read_text())
+    names = {name: [item["image"].rpartition("::")[2] for item in items] for name, items in sections.items()}
+    assert names == {"training": ["3"], "test": ["13"]}
+
+
+def test_a_datalist_is_not_written_over_by_one_of_nothing_and_its_own_files_are_no_images(mess, tmp_path):
+    out = mess / "fundus/datalist.json"
+    index([mess / "fundus"], out)
+    before = json.loads(out.read_text())
+    index([mess / "fundus"], out)
+    assert json.loads(out.read_text()) == before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no image found"):
+        index([tmp_path / "empty"], out)
+    assert json.loads(out.read_text()) == before
+
+
+def test_all_slices_of_a_folder_can_be_named_one_by_one(mess, tmp_path):
+    names = [str(mess / f"scans/Smith/{number}.dcm") for number in range(4)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": names, "subject": 12}]}))
+    index([tmp_path / "list.json"], tmp_path / "out/datalist.parquet")
+    (item,) = load_datalist(tmp_path / "out")
+    assert (item["image"], item["subject"]) == (names, "12")

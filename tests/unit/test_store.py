@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -211,6 +212,50 @@ def test_a_finished_store_is_left_alone_and_another_one_is_not_written_over_it(f
     with pytest.raises(InputError, match="holds files, but no store"):
         pack(folder.with_name("list") / "datalist.json", tmp_path / "mine")
     assert by_content(store) == before
+
+
+def test_another_salt_does_not_go_on_with_a_store(folder, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("biovfm_monai.data.pack"), "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder / "fundus", tmp_path / "store", salt="x", num_workers=1)
+    monkeypatch.undo()
+    assert (tmp_path / "store/.salt").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(InputError, match="was begun with another --salt"):
+        pack(folder / "fundus", tmp_path / "store", salt="y", num_workers=1)
+    pack(folder / "fundus", tmp_path / "store", salt="x", num_workers=1)
+    assert sorted(file.name for file in (tmp_path / "store").iterdir()) == [INDEX, "shard-000000.b2", "store.json"]
+
+
+def test_what_was_left_by_a_stop_while_tidying_up_is_removed(folder, tmp_path):
+    pack(folder / "fundus", tmp_path / "store", num_workers=1)
+    for name in (".salt", "shard-000000.b2.parquet"):
+        (tmp_path / "store" / name).write_text("secret")
+    pack(folder / "fundus", tmp_path / "store", num_workers=1)
+    assert not list((tmp_path / "store").glob(".*"))
+    assert not (tmp_path / "store/shard-000000.b2.parquet").exists()
+
+
+def test_a_folder_with_a_broken_file_is_packed_without_it(folder, tmp_path):
+    shutil.copytree(folder / "fundus", tmp_path / "fundus")
+    (tmp_path / "fundus/broken.png").write_bytes(b"broken")
+    pack(tmp_path / "fundus", tmp_path / "store", num_workers=1)
+    with (tmp_path / "store-rejected.csv").open(encoding="utf-8") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [str(tmp_path / "fundus/broken.png")]
+
+
+def test_a_store_is_indexed_as_a_list_is(store):
+    images = Store(store)
+    assert torch.equal(images[-1]["image"][...], images[len(images) - 1]["image"][...])
+    with pytest.raises(IndexError):
+        images[len(images)]
+
+
+def test_values_that_are_nearly_clipped_are_not_taken_for_clipped():
+    image = np.array([[0, 0.0005, 0.0005, 0]], dtype=np.float32)
+    assert np.abs(decode(*encode(image, eight_bit=False)).numpy() - image).max() <= 2e-6
 
 
 def test_a_folder_packs_without_a_datalist_and_subjects_mean_nothing_without_the_salt(folder, tmp_path):
