@@ -84,7 +84,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
                 columns.usable[:] &= subset(columns.source, fraction, seed)
         else:
             items = data if fraction == 1 else _share(data, fraction, seed)
-            checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])])
+            # MONAI takes a Compose inside another for random, and would keep nothing of it.
+            checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])]).flatten()
             self.images, self._transform = _cached(items, checked, cache_rate, num_workers), None
             volumes = self.images if self.volumes else ()
             columns = _columns_of_items(items, volumes, self.crop_size, self.zoom[0])

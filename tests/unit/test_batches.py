@@ -14,7 +14,13 @@ from monai.transforms import Compose
 from torch.utils.data import default_collate
 
 from biovfm_monai import distributed
-from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop, training_transform
+from biovfm_monai.data import (
+    GlobalBatchSampler,
+    RandomCropDataset,
+    RandomResizedCrop,
+    find_images,
+    training_transform,
+)
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import spad_vit_tiny
@@ -33,6 +39,21 @@ def test_a_crop_depends_on_the_seed_and_its_number_only():
     crops = [first[n]["image"] for n in range(20)]
     assert all(torch.equal(again[n]["image"], crops[n]) for n in (19, 3, 11, 3))
     assert not all(torch.equal(other[n]["image"], crops[n]) for n in range(20))
+
+
+def test_images_are_read_once_and_kept_in_memory(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("biovfm_monai.data.reading._of_nifti", lambda path, _: read.append(path) or _volume())
+    (tmp_path / "mri").mkdir()
+    write_nifti(tmp_path / "mri/a.nii.gz", np.zeros((8, 8, 8)))
+    crops = RandomCropDataset(find_images(tmp_path), training_transform(1), (4, 4))
+    for number in range(10):
+        crops[number]
+    assert len(read) == 1
+
+
+def _volume():
+    return np.ones((8, 8, 8)), {"affine": np.eye(4), "original_channel_dim": "no_channel"}
 
 
 def test_the_seed_moves_the_places_of_crops_too():
