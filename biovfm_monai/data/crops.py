@@ -109,7 +109,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         Of volumes there is their degree of "anisotropy", too.
         """
         row = self._row(number)
-        sample = self.images[row]
+        sample = self.images.picture(row) if isinstance(self.images, Store) else self.images[row]
         degree = int(self._degrees[row])
         crop = self._cut(sample["image"], degree, np.random.default_rng((self.seed, number, 1)))
         if self._transform is not None:  # of a store, whose images are prepared

@@ -19,7 +19,7 @@ from biovfm_monai.data.store import Store, is_store
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 
-__all__ = ["DATALIST", "FIELDS", "load_datalist", "read_datalist", "write_datalist"]
+__all__ = ["DATALIST", "FIELDS", "iterate_datalist", "load_datalist", "read_datalist", "write_datalist"]
 
 DATALIST = "datalist.json"
 """Name of the file that, in a dataset folder, takes precedence over looking for images; it may be a .parquet, too."""
@@ -90,6 +90,20 @@ def read_datalist(path: Path, section: str | None = None) -> dict[str, list[dict
     return {name: [_item(path, name, n, entry) for n, entry in enumerate(of)] for name, of in chosen.items()}
 
 
+def iterate_datalist(path: Path) -> Iterator[dict[str, Any]]:
+    """The items of all sections one by one, with absolute paths and the section as "split"; a table is read in pieces.
+
+    Raises:
+        InputError: when the file is no datalist.
+    """
+    if path.suffix == ".parquet":
+        for n, (name, entry) in enumerate(_rows_of_table(path)):
+            yield {"split": name, **_item(path, name, n, entry)}
+    else:
+        for name, items in read_datalist(path).items():
+            yield from ({"split": name, **item} for item in items)
+
+
 def write_datalist(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
     """Write items into a .json or .parquet file; paths below its folder are written relative to it.
 
@@ -135,17 +149,23 @@ def _relative(image: str | list[str], folder: Path) -> str | list[str]:
 
 
 def _read_table(path: Path) -> dict[str, list[Any]]:
-    with readable(path, "no table that can be read"):
-        table = pq.read_table(path)
     sections: dict[str, list[Any]] = {}
-    for row in table.to_pylist():
-        entry = {name: value for name, value in row.items() if value is not None}
-        if "label" in entry:
-            entry["label"] = json.loads(entry["label"])
-        if len(entry.get("image", [])) == 1:
-            entry["image"] = entry["image"][0]
-        sections.setdefault(entry.pop("split", "training"), []).append(entry)
+    for name, entry in _rows_of_table(path):
+        sections.setdefault(name, []).append(entry)
     return sections
+
+
+def _rows_of_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The section and the entry of each row."""
+    with readable(path, "no table that can be read"), pq.ParquetFile(path) as table:
+        for rows in table.iter_batches(_ROWS):
+            for row in rows.to_pylist():
+                entry = {name: value for name, value in row.items() if value is not None}
+                if "label" in entry:
+                    entry["label"] = json.loads(entry["label"])
+                if len(entry.get("image", [])) == 1:
+                    entry["image"] = entry["image"][0]
+                yield entry.pop("split", "training"), entry
 
 
 def _read_json(path: Path) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ Of n such images each weighs (2n - 1) / n², as in PUMIT, so that together they 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations, pairwise
 from typing import Any
 
 import imagehash
@@ -16,8 +17,10 @@ from PIL import Image
 __all__ = ["count_alike", "perceptual_hash", "weight_of"]
 
 _DISTANCE = 3
-_BANDS = 4
 _ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)
+_SHIFTS = np.arange(0, 64, 16, dtype=np.uint64)
+_BANDS = [np.uint64((1 << high) - (1 << low)) for low, high in pairwise((0, 13, 26, 39, 52, 64))]
+_KEPT = [one | other for one, other in combinations(_BANDS, 2)]
 
 
 def perceptual_hash(picture: NDArray[np.uint8]) -> int:
@@ -62,20 +65,23 @@ def count_alike(hashes: NDArray[np.uint64], others: NDArray[np.uint64] | None = 
 
 
 def _pairs(hashes: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pairs of near hashes, each once: of four bands of 16 bits, one at least must be the same in both."""
-    bands = [(hashes >> np.uint64(16 * n)).astype(np.uint16) for n in range(_BANDS)]
-    for number, band in enumerate(bands):
-        order = np.argsort(band, kind="stable")
+    """Pairs of near hashes, each once: of five bands of bits, two at least are the same in both.
+
+    Manku and others, https://doi.org/10.1145/1242572.1242592.
+    """
+    for number, kept in enumerate(_KEPT):
+        key = hashes & kept
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        first = np.arange(len(order) - 1)
         apart = 1
-        alive = np.arange(len(order) - 1)
-        while alive.size:
-            alive = alive[alive + apart < len(order)]
-            a, b = order[alive], order[alive + apart]
-            alive = alive[band[a] == band[b]]
-            a, b = order[alive], order[alive + apart]
-            new = np.all([bands[n][a] != bands[n][b] for n in range(number)], axis=0) if number else slice(None)
-            difference = (hashes[a] ^ hashes[b])[new]
-            ones = sum(_ONES[(difference >> np.uint64(16 * n)).astype(np.uint16)].astype(int) for n in range(_BANDS))
-            near = np.asarray(ones) <= _DISTANCE
-            yield a[new][near], b[new][near]
+        while first.size:
+            first = first[first + apart < len(order)]
+            first = first[key[first] == key[first + apart]]
+            a, b = order[first], order[first + apart]
+            difference = hashes[a] ^ hashes[b]
+            near = sum(_ONES[(difference >> shift).astype(np.uint16)] for shift in _SHIFTS) <= _DISTANCE
+            for other in _KEPT[:number]:
+                near &= (difference & other) != 0
+            yield a[near], b[near]
             apart += 1

@@ -30,7 +30,7 @@ from biovfm_monai.errors import InputError
 
 __all__ = [
     "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "folder_modality", "hashed", "look_into",
-    "require_modality", "survey",
+    "require_modality", "survey", "with_modality",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,12 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
     return require_modality(items, modality)
 
 
-def require_modality(items: list[Item], modality: str | None = None) -> list[Item]:
-    """The items of one modality, or of all; those that tell none have the one that is asked for.
+def with_modality(items: Iterable[Item], modality: str | None) -> Iterator[Item]:
+    """The items, with a modality for those that tell none.
 
     Raises:
-        InputError: when all are of another modality, or one tells none and none is asked for, naming it.
+        InputError: when one tells none and none is given, naming it.
     """
-    wanted = []
     for item in items:
         own = item.get("modality") or modality
         if own is None:
@@ -112,8 +111,16 @@ def require_modality(items: list[Item], modality: str | None = None) -> list[Ite
                 f"{item['image']}: cannot tell the modality. Put the file into a folder named after it "
                 f"({', '.join(modalities.__all__)}), or give one --modality for all files."
             )
-        if modality in (None, own):
-            wanted.append({**item, "modality": own})
+        yield {**item, "modality": own}
+
+
+def require_modality(items: list[Item], modality: str | None = None) -> list[Item]:
+    """The items of one modality, or of all; those that tell none have the one that is asked for.
+
+    Raises:
+        InputError: when all are of another modality, or one tells none and none is asked for, naming it.
+    """
+    wanted = [item for item in with_modality(items, modality) if modality in (None, item["modality"])]
     if items and not wanted:
         there = ", ".join(sorted({item["modality"] for item in items}))
         raise InputError(

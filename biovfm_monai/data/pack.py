@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from monai.data import MetaTensor
 from tqdm import tqdm
 
 from biovfm_monai.anisotropy import spacing_of
-from biovfm_monai.data.datalist import read_datalist
-from biovfm_monai.data.duplicates import count_alike, perceptual_hash
+from biovfm_monai.data.datalist import iterate_datalist
+from biovfm_monai.data.duplicates import perceptual_hash
 from biovfm_monai.data.encoding import encode, frame_of
-from biovfm_monai.data.find import hashed, require_modality, survey
+from biovfm_monai.data.find import hashed, survey, with_modality
+from biovfm_monai.data.join import join_tables
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
-from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name
+from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name, table_name
 from biovfm_monai.errors import InputError, reason_of
 from biovfm_monai.files import require_writable, write_atomically
 from biovfm_monai.sheet import middle_slice
@@ -38,7 +40,7 @@ _FIELDS = pa.schema(
         "shard": pa.int32(), "start": pa.uint32(), "bytes": pa.int64(), **{name: pa.int32() for name in _SIZE},
         "dtype": pa.string(), "spacing": pa.list_(pa.float32(), 3), "anisotropy": pa.int8(), "modality": pa.string(),
         "source": pa.string(), "subject": pa.string(), "split": pa.string(), "label": pa.string(),
-        "alike": pa.int32(), "checksum": pa.string(), "hash": pa.uint64(),
+        "alike": pa.int32(), "checksum": pa.binary(16), "hash": pa.uint64(), "file": pa.string(),
     }
 )  # fmt: skip
 _SALT = ".salt"
@@ -79,49 +81,87 @@ def pack(
         InputError: when the datalist cannot be used, or the folder holds another store.
     """
     out = Path(out).expanduser().resolve()
-    items, unread = _items(Path(datalist).expanduser().resolve(), modality)
+    images = _Images(Path(datalist).expanduser().resolve(), modality)
     prepare = ByModalityd("image", spacing, presets)
+    sizes, digest = _cut(images)
     about = {
-        "format": 1, "spacing": spacing, "presets": presets or {}, "datalist": _digest(items),
+        "format": 1, "spacing": spacing, "presets": presets or {}, "datalist": digest,
         "exclude_benchmark": [_digest_of(Path(path)) for path in exclude_benchmark],
     }  # fmt: skip
     require_writable(out)
     _begin(out, about)
-    shards = list(_shards(items))
     if (out / INDEX).is_file():
-        _tidy(out, len(shards))
+        _tidy(out, len(sizes))
         return f"{out}: was ready already. Remove it to pack again."
     salt = _kept_salt(out, salt)
-    todo = [number for number in range(len(shards)) if not _table_of(out, number).is_file()]
-    jobs = (delayed(_write_shard)(out, number, shards[number], prepare, salt) for number in todo)
+    todo = [not (out / table_name(number)).is_file() for number in range(len(sizes))]
+    shards = ((number, shard) for number, shard in enumerate(_shards(images, sizes)) if todo[number])
+    jobs = (delayed(_write_shard)(out, number, shard, prepare, salt) for number, shard in shards)
     finished = Parallel(n_jobs=num_workers, return_as="generator_unordered")(jobs)
-    for _ in tqdm(finished, "shards", total=len(shards), initial=len(shards) - len(todo), disable=not todo):
-        pass
-    return _finish(out, len(shards), exclude_benchmark, unread)
+    try:
+        for _ in tqdm(finished, "shards", total=len(sizes), initial=len(sizes) - sum(todo), disable=not any(todo)):
+            pass
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{out}: a process was killed, most likely since memory ran out. Run this again with fewer --num_workers; "
+            "what is packed stays."
+        ) from error
+    report = join_tables(out, len(sizes), exclude_benchmark, images.unread)
+    _tidy(out, len(sizes))
+    return report
 
 
-def _items(path: Path, modality: str | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The items of a datalist or folder, and the files of a folder that cannot be used, with the reason."""
-    unread: list[dict[str, str]] = []
-    if path.is_dir():
-        items = []
-        for found in survey(path):
-            items += [item | ({"subject": item.pop("patient")} if "patient" in item else {}) for item in found.items]
-            unread += [one._asdict() for one in found.rejected]
-    elif path.suffix in (".json", ".parquet") and path.is_file():
-        items = [{"split": name, **item} for name, of in read_datalist(path).items() for item in of]
-    else:
-        raise InputError(f"{path}: no datalist. Write one with `biovfm index`, or name a folder of images.")
-    if not items:
-        raise InputError(f"{path}: names no image. Index a folder that holds some.")
-    return require_modality(items, modality), unread
+class _Images:
+    """The items to pack, as often as they are asked for; a table of millions is read a piece at a time.
+
+    Attributes:
+        unread: the files of a folder that cannot be used, with the reason.
+    """
+
+    def __init__(self, path: Path, modality: str | None) -> None:
+        self._path, self._modality = path, modality
+        self._found: list[dict[str, Any]] = []
+        self.unread: list[dict[str, str]] = []
+        if path.is_dir():
+            for found in survey(path):
+                for item in found.items:
+                    self._found.append(item | ({"subject": item.pop("patient")} if "patient" in item else {}))
+                self.unread += [one._asdict() for one in found.rejected]
+        elif not (path.suffix in (".json", ".parquet") and path.is_file()):
+            raise InputError(f"{path}: no datalist. Write one with `biovfm index`, or name a folder of images.")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        items = self._found if self._path.is_dir() else iterate_datalist(self._path)
+        for item in with_modality(items, self._modality):
+            if self._modality in (None, item["modality"]):
+                yield item
+
+    def __str__(self) -> str:
+        return f"{self._path}" + (f" (modality {self._modality})" if self._modality else "")
 
 
-def _digest(items: Iterable[Mapping[str, Any]]) -> str:
+def _cut(images: _Images) -> tuple[list[int], str]:
+    """How many images each file gets, by their number and the size that their headers say; and what the list is."""
     digest = blake2b(digest_size=16)
-    for item in items:
+    sizes: list[int] = []
+    voxels = 0
+    for item in images:
         digest.update(json.dumps(item, sort_keys=True).encode())
-    return digest.hexdigest()
+        size = int(np.prod(item.get("shape", [2**20]), dtype=np.int64)) * int(item.get("channels", 1))
+        if not sizes or voxels + size > _VOXELS or sizes[-1] == _IMAGES:
+            sizes.append(0)
+            voxels = 0
+        sizes[-1] += 1
+        voxels += size
+    if not sizes:
+        raise InputError(f"{images}: names no image. Index a folder that holds some.")
+    return sizes, digest.hexdigest()
+
+
+def _shards(images: Iterable[dict[str, Any]], sizes: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    items = iter(images)
+    for size in sizes:
+        yield [*islice(items, size)]
 
 
 def _digest_of(store: Path) -> str:
@@ -165,26 +205,8 @@ def _kept_salt(out: Path, salt: str | None) -> str:
 def _tidy(out: Path, count: int) -> None:
     """Remove what only packing needs: the salt, and the shards' tables, in which paths stand."""
     for number in range(count):
-        _table_of(out, number).unlink(missing_ok=True)
+        (out / table_name(number)).unlink(missing_ok=True)
     (out / _SALT).unlink(missing_ok=True)
-
-
-def _shards(items: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Cut a datalist into the items of one file each, by their number and the size that their headers say."""
-    shard: list[dict[str, Any]] = []
-    voxels = 0
-    for item in items:
-        size = int(np.prod(item.get("shape", [2**20]), dtype=np.int64)) * int(item.get("channels", 1))
-        if shard and (voxels + size > _VOXELS or len(shard) == _IMAGES):
-            yield shard
-            shard, voxels = [], 0
-        shard.append(item)
-        voxels += size
-    yield shard
-
-
-def _table_of(out: Path, number: int) -> Path:
-    return out / f"{shard_name(number)}.parquet"
 
 
 def _write_shard(out: Path, number: int, items: Sequence[dict[str, Any]], prepare: ByModalityd, salt: str) -> None:
@@ -196,15 +218,15 @@ def _write_shard(out: Path, number: int, items: Sequence[dict[str, Any]], prepar
         for item in items:
             try:
                 row, frame = _prepared(item, prepare, salt)
-            except (InputError, RuntimeError) as error:
-                name = item["image"] if isinstance(item["image"], str) else item["image"][0]
-                rejected.append({"file": name, "reason": reason_of(error)})
+            except (InputError, RuntimeError, MemoryError) as error:
+                lacking = f"{_file(item)}: does not fit into memory. Run with fewer --num_workers, or cut it."
+                reason = lacking if isinstance(error, MemoryError) else reason_of(error)
+                rejected.append({"file": _file(item), "reason": reason})
                 continue
             rows.append({"shard": number, "start": file.tell() // ALIGNMENT, "bytes": len(frame), **row})
             file.write(frame + bytes(-len(frame) % ALIGNMENT))
-    table = pa.Table.from_pylist(rows, _FIELDS.append(pa.field("file", pa.string())))
-    table = table.replace_schema_metadata({"rejected": json.dumps(rejected)})
-    with write_atomically(_table_of(out, number)) as draft:
+    table = pa.Table.from_pylist(rows, _FIELDS.with_metadata({"rejected": json.dumps(rejected)}))
+    with write_atomically(out / table_name(number)) as draft:
         pq.write_table(table, draft)
 
 
@@ -222,59 +244,15 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
         "modality": item["modality"], "source": item.get("source", ""), "split": item.get("split", "training"),
         "subject": None if subject is None else hashed(f"{item.get('source', '')}/{subject}", salt),
         "label": _label(item.get("label")), "alike": item.get("alike", 1),
-        "checksum": digest.hexdigest(), "hash": perceptual_hash(middle_slice(image)),
-        "file": item["image"] if isinstance(item["image"], str) else item["image"][0],
+        "checksum": digest.digest(), "hash": perceptual_hash(middle_slice(image)), "file": _file(item),
     }  # fmt: skip
     return row, frame_of(encoded, degree, spacing)
+
+
+def _file(item: Mapping[str, Any]) -> str:
+    return str(item["image"] if isinstance(item["image"], str) else item["image"][0])
 
 
 def _label(label: Any) -> str | None:
     """A label as JSON; none for the path of a label map, which may name somebody."""
     return None if label is None or (isinstance(label, str) and "/" in label) else json.dumps(label)
-
-
-def _finish(out: Path, count: int, benchmarks: Sequence[str | Path], unread: Sequence[dict[str, str]]) -> str:
-    """Join the shards' tables, leave out what is there twice or in a benchmark, and write the index."""
-    tables = [pq.read_table(_table_of(out, number)) for number in range(count)]
-    rejected = [*unread] + [row for table in tables for row in json.loads(table.schema.metadata[b"rejected"])]
-    table = pa.concat_tables(tables).replace_schema_metadata(None)
-    checksums, files = table.column("checksum").to_numpy(), table.column("file").to_numpy()
-    _, first, which = np.unique(checksums, return_index=True, return_inverse=True)
-    original = first[which]
-    twice = original != np.arange(len(checksums))
-    duplicates = [{"file": files[n], "same as": files[original[n]]} for n in np.flatnonzero(twice)]
-    hashes = table.column("hash").to_numpy()
-    known = np.zeros(len(hashes), dtype=bool)
-    for path in benchmarks:
-        there = pq.read_table(Path(path).expanduser().resolve() / INDEX, columns=["checksum", "hash"])
-        known |= np.isin(checksums, there.column("checksum").to_numpy())
-        known |= count_alike(hashes, there.column("hash").to_numpy()) > 0
-    excluded = [{"file": file, "reason": "in a benchmark"} for file in files[known]]
-    kept = ~twice & ~known
-    table = table.drop_columns("file").filter(pa.array(kept))
-    alike = np.maximum(table.column("alike").to_numpy(), count_alike(hashes[kept]))
-    table = table.set_column(table.column_names.index("alike"), "alike", pa.array(alike, pa.int32()))
-    lists = {"rejected": rejected, "duplicates": duplicates, "excluded": excluded}
-    for name, rows in lists.items():
-        _write_list(out.with_name(f"{out.name}-{name}.csv"), rows)
-    if not len(table):
-        raise InputError(f"{out}: no image is left to store. See {out}-*.csv for the reasons.")
-    images = np.bincount(table.column("shard").to_numpy(), minlength=count).tolist()
-    table = table.replace_schema_metadata({"images": json.dumps(images)})
-    with write_atomically(out / INDEX) as draft:
-        pq.write_table(table, draft, row_group_size=2**20)
-    _tidy(out, count)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    left = [f"{len(rows)} {name} ({out.name}-{name}.csv)" for name, rows in lists.items() if rows]
-    without = f"\nLeft out: {', '.join(left)}." if left else ""
-    return f"{out}: ready, {len(table)} images in {count} file(s), {size / 2**20:.1f} MiB.{without}"
-
-
-def _write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table of files, or remove that of an earlier store, if there are none."""
-    path.unlink(missing_ok=True)
-    if rows:
-        with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)

@@ -25,7 +25,7 @@ from biovfm_monai.data.headers import readable
 from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
 
-__all__ = ["ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "shard_name"]
+__all__ = ["ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "shard_name", "table_name"]
 
 INDEX, ABOUT = "index.parquet", "store.json"
 ALIGNMENT = 64
@@ -115,17 +115,23 @@ class Store(Sequence[dict[str, Any]]):
         """One sample; the keys beside "image", "modality" and "prepared" are those of a datalist item."""
         if isinstance(row, slice):
             return [self[n] for n in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        start = int(self._starts[row]) * ALIGNMENT
-        shard = int(np.searchsorted(self._ends, row if self._rows is None else self._rows[row], side="right"))
-        sample: dict[str, Any] = {"image": StoredImage(self.path / shard_name(shard), start)}
-        sample["anisotropy"] = int(self.degree[row])
-        for name in ("modality", "source", "subject", "label"):
+        sample = self.picture(row) | {"anisotropy": int(self.degree[row])}
+        for name in ("source", "subject", "label"):
             column = self.labels(name)
             value = column.names[column.codes[row]]
             if value:
                 sample[name] = json.loads(value) if name == "label" else value
-        return sample | {"prepared": self.prepared(sample["modality"])}
+        return sample
+
+    def picture(self, row: int) -> dict[str, Any]:
+        """What a crop needs of one sample: "image", "modality" and "prepared"."""
+        row = range(len(self))[row]
+        start = int(self._starts[row]) * ALIGNMENT
+        shard = int(np.searchsorted(self._ends, row if self._rows is None else self._rows[row], side="right"))
+        modality = self.labels("modality")
+        name = modality.names[modality.codes[row]]
+        image = StoredImage(self.path / shard_name(shard), start)
+        return {"image": image, "modality": name, "prepared": self.prepared(name)}
 
     def prepared(self, modality: str) -> dict[str, Any]:
         """How images of a modality were prepared: the spacing asked for, and the options of their preset."""
@@ -186,3 +192,8 @@ class Store(Sequence[dict[str, Any]]):
 def shard_name(number: int) -> str:
     """File of a shard."""
     return f"shard-{number:06}.b2"
+
+
+def table_name(number: int) -> str:
+    """The table of a shard's images, until all are packed and joined into the index."""
+    return f"{shard_name(number)}.parquet"

@@ -36,6 +36,7 @@ from biovfm_monai.data import (
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
 from biovfm_monai.data.encoding import decode, encode
 from biovfm_monai.data.preprocessing import degree_of
+from biovfm_monai.data.reading import read_image
 from biovfm_monai.data.store import INDEX
 from biovfm_monai.errors import InputError
 
@@ -202,6 +203,50 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path):
     assert not list((tmp_path / "cut").glob(".*"))
 
 
+def test_a_table_is_packed_as_the_same_list_is(folder, store, tmp_path):
+    index([folder], tmp_path / "datalist.parquet", salt="x")
+    pack(tmp_path / "datalist.parquet", tmp_path / "again", salt="y", num_workers=1)
+    here, there = by_content(tmp_path / "again"), by_content(store)
+    assert {name for name in here if here[name] != there[name]} <= {"store.json"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_an_image_that_does_not_fit_into_memory_is_listed(folder, tmp_path, monkeypatch, error):
+    module = importlib.import_module("biovfm_monai.data.pack")
+
+    def read(path):
+        if path.endswith("1.png"):
+            raise error
+        return read_image(path)
+
+    monkeypatch.setattr(module, "read_image", read)
+    report = pack(folder / "fundus", tmp_path / "store", modality="fundus", num_workers=1)
+    assert "ready, 2 images" in report
+    (row,) = csv.DictReader((tmp_path / "store-rejected.csv").read_text().splitlines())
+    assert row["file"].endswith("fundus/1.png")
+    assert "memory" in row["reason"]
+
+
+KILLED = """
+import importlib, os, sys
+module = importlib.import_module("biovfm_monai.data.pack")
+def _write_shard(*_):
+    os.kill(os.getpid(), 9)
+module._write_shard = _write_shard
+from biovfm_monai.errors import report_input_errors
+report_input_errors()
+module.pack(sys.argv[1], sys.argv[2], num_workers=2)
+"""
+
+
+def test_a_process_that_is_killed_ends_packing_with_advice(folder, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(folder.with_name("list") / "datalist.json"), str(tmp_path / "store")]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "fewer --num_workers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_finished_store_is_left_alone_and_another_one_is_not_written_over_it(folder, store, tmp_path):
     before = by_content(store)
     assert "was ready already" in pack(folder.with_name("list") / "datalist.json", store)
@@ -218,7 +263,7 @@ def test_another_salt_does_not_go_on_with_a_store(folder, tmp_path, monkeypatch)
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("biovfm_monai.data.pack"), "_finish", stop)
+    monkeypatch.setattr(importlib.import_module("biovfm_monai.data.pack"), "join_tables", stop)
     with pytest.raises(KeyboardInterrupt):
         pack(folder / "fundus", tmp_path / "store", salt="x", num_workers=1)
     monkeypatch.undo()
