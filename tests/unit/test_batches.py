@@ -18,7 +18,9 @@ from biovfm_monai.data import (
     GlobalBatchSampler,
     RandomCropDataset,
     RandomResizedCrop,
+    Store,
     find_images,
+    pack,
     training_transform,
 )
 from biovfm_monai.errors import InputError
@@ -184,9 +186,64 @@ def test_each_batch_of_volumes_has_one_degree_and_thick_slices_give_as_many_fewe
     assert shares == pytest.approx(np.array([6, 4, 0, 2, 2, 6]) / 20, abs=0.02)
 
 
-def test_zooming_keeps_the_degree_by_zooming_along_all_axes():
-    crops = thick((3, 3, 0, 0, 0, 3), batch_size=1, zoom=(0.5, 1.2))
-    assert {(s["anisotropy"], s["image"].shape[1]) for s in (crops[n] for n in range(60))} == {(0, 32), (1, 16), (5, 1)}
+def ramps(spacing, size):
+    """A volume whose three channels count its voxels along each axis."""
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    grid = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in size], indexing="ij"))
+    return MetaTensor(grid, affine=affine)
+
+
+def zooms(crops, count=120):
+    """Voxels of the image per voxel of a crop, along each axis, of many crops."""
+    found = []
+    for number in range(count):
+        image = crops[number]["image"]
+        lines = [image[axis].transpose(0, axis).flatten(1).mean(1) for axis in range(3)]
+        # Near the border a magnified image repeats its last voxels.
+        inner = [(line[-1 - len(line) // 4] - line[len(line) // 4], len(line) - 1 - 2 * (len(line) // 4)) for line in lines]
+        found.append([float(span) / count for span, count in inner])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("thickness", [2.0, 2.9, 3.9])
+def test_thick_slices_are_zoomed_in_their_plane_as_far_as_their_degree_stays(thickness):
+    image = ramps((thickness, 1, 1), (20, 64, 64))
+    crops = RandomCropDataset([{}], lambda _: {"image": image, "modality": "ct"}, (32, 20, 20), zoom=(0.5, 3.0))
+    assert {(crops[n]["anisotropy"], crops[n]["image"].shape[1]) for n in range(20)} == {(1, 16)}
+    depth, height, width = zooms(crops).T
+    assert np.allclose(depth, 1)
+    assert np.allclose(height, width, atol=0.01)
+    # The degree is 1 while slices are 2 to 4 times as far apart as the crop's pixels; a box has whole voxels.
+    assert (np.log2(thickness / height) > 1 - 0.06).all()
+    assert (np.log2(thickness / height) < 2 + 0.06).all()
+    assert height.max() / height.min() > 1.6
+
+
+@pytest.mark.parametrize(("thickness", "stretched"), [(1.0, True), (1.4, True), (1.6, False)])
+def test_nearly_isotropic_volumes_are_zoomed_along_all_axes_and_sometimes_a_little_across_slices(thickness, stretched):
+    image = ramps((thickness, 1, 1), (80, 80, 80))
+    crops = RandomCropDataset([{}], lambda _: {"image": image, "modality": "ct"}, (30, 30, 30), zoom=(0.7, 2.0))
+    assert {crops[n]["anisotropy"] for n in range(20)} == {0}
+    depth, height, width = zooms(crops).T
+    assert np.allclose(height, width, atol=0.01)
+    ratio = depth / height
+    assert ((ratio > 0.75) & (ratio < 1.3)).all()
+    share = (np.abs(ratio - 1) > 0.06).mean()
+    assert (0.1 < share < 0.35) if stretched else share == 0
+
+
+def test_the_store_and_the_files_zoom_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, thick_slices in enumerate((1, 3, 6)):
+        shape = (40, 40, 40 // thick_slices)
+        (tmp_path / "ct").mkdir(exist_ok=True)
+        write_nifti(tmp_path / f"ct/{number}.nii.gz", rng.integers(-900, 900, shape), spacing=(1, 1, thick_slices))
+    pack(tmp_path / "ct", tmp_path / "store", num_workers=1)
+    options = {"crop_size": (16, 16, 16), "zoom": (0.6, 2.0), "batch_size": 2}
+    files = RandomCropDataset(find_images(tmp_path / "ct"), training_transform(1), **options)
+    packed = RandomCropDataset(Store(tmp_path / "store"), training_transform(1), **options)
+    for number in range(60):
+        torch.testing.assert_close(files[number]["image"], packed[number]["image"], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("degree", [0, 1, 4, 5])
