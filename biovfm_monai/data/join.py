@@ -50,9 +50,10 @@ def join_tables(out: Path, count: int, benchmarks: Sequence[str | Path], unread:
     twice = original != np.arange(len(original))
     known = _in_benchmarks(table, benchmarks)
     kept = ~twice & ~known
-    names = _Names(out, ends, np.flatnonzero(known | twice), original[twice])
-    duplicates = [{"file": names[row], "same as": names[original[row]]} for row in np.flatnonzero(twice)]
-    excluded = [{"file": names[row], "reason": "in a benchmark"} for row in np.flatnonzero(known)]
+    names = _names(out, ends, np.union1d(np.flatnonzero(known | twice), original[twice]))
+    pairs = zip(np.flatnonzero(twice).tolist(), original[twice].tolist(), strict=True)
+    duplicates = [{"file": names[row], "same as": names[first]} for row, first in pairs]
+    excluded = [{"file": names[row], "reason": "in a benchmark"} for row in np.flatnonzero(known).tolist()]
     lists = {"rejected": rejected, "duplicates": duplicates, "excluded": excluded}
     for name, rows in lists.items():
         _write_list(out.with_name(f"{out.name}-{name}.csv"), rows)
@@ -83,16 +84,15 @@ def _in_benchmarks(table: pa.Table, benchmarks: Sequence[str | Path]) -> NDArray
     return known
 
 
-class _Names(dict[int, str]):
+def _names(out: Path, ends: NDArray[np.int64], wanted: NDArray[np.int64]) -> dict[int, str]:
     """The files that some rows of the joined tables are of."""
-
-    def __init__(self, out: Path, ends: NDArray[np.int64], *rows: NDArray[np.int64]) -> None:
-        wanted = np.unique(np.concatenate(rows))
-        shards = np.searchsorted(ends, wanted, side="right")
-        for number in np.unique(shards):
-            files = pq.read_table(out / table_name(int(number)), columns=["file"]).column("file")
-            of = wanted[shards == number]
-            self.update(zip(of.tolist(), files.take(of - (ends[number] - len(files))).to_pylist(), strict=True))
+    names: dict[int, str] = {}
+    shards = np.searchsorted(ends, wanted, side="right")
+    for number in np.unique(shards):
+        files = pq.read_table(out / table_name(int(number)), columns=["file"]).column("file")
+        of = wanted[shards == number]
+        names.update(zip(of.tolist(), files.take(of - (ends[number] - len(files))).to_pylist(), strict=True))
+    return names
 
 
 def _write_index(out: Path, ends: NDArray[np.int64], kept: NDArray[np.bool_], alike: NDArray[np.int32]) -> None:

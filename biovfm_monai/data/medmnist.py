@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from biovfm_monai.data.headers import Header, checked, is_colour, readable
+from biovfm_monai.data.headers import Header, array_headers, checked, is_colour, readable
 from biovfm_monai.errors import InputError
 
-__all__ = ["describe_archive"]
+__all__ = ["describe_archive", "read_part"]
+
+_IN_MEMORY = 2**30
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
 _MODALITY = {
@@ -54,6 +59,48 @@ def describe_archive(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.
     if not items:
         raise InputError(f"{path}: holds no image. Remove the file.")
     return items
+
+
+def read_part(path: Path, name: str, number: int) -> np.ndarray:
+    """One image of an array in an archive.
+
+    An array of up to 1 GiB is kept in memory until another one is asked for. Of a larger one the images before the one
+    that is asked for are unpacked and forgotten, so it has to be gone through in its order: `biovfm pack` does.
+    """
+    return _opened(path, name)[number]
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, name: str) -> Any:
+    shape, dtype = array_headers(path)[name]
+    if dtype.kind in "uif":
+        checked(path, Header(shape[1:] or (1,), 1, str(dtype)))
+        if np.prod(shape, dtype=np.int64) * dtype.itemsize > _IN_MEMORY:
+            return _Unpacked(path, name)
+    with np.load(path, allow_pickle=False) as arrays:
+        return np.asarray(arrays[name])
+
+
+class _Unpacked:
+    """The images of an array that is too large to be in memory, unpacked one by one."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._member = zipfile.ZipFile(path).open(f"{name}.npy")  # noqa: SIM115 - as long as it is in use
+        version = np.lib.format.read_magic(self._member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        (self._count, *self._shape), by_column, self._dtype = read(self._member)
+        if by_column:
+            raise InputError(f"{path}: {name} is too large to be read column by column. Save it in C order.")
+        self._first = self._member.tell()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number >= self._count:
+            raise IndexError(f"index {number} is out of bounds, there are {self._count} images")
+        size = int(np.prod(self._shape)) * self._dtype.itemsize
+        with self._lock:
+            self._member.seek(self._first + number * size)
+            return np.frombuffer(self._member.read(size), self._dtype).reshape(self._shape)
 
 
 def _labels(path: Path, name: str, count: int) -> list[Any]:

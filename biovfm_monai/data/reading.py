@@ -6,7 +6,6 @@ import gzip
 import struct
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,6 @@ from biovfm_monai.data.headers import (
     PHOTO,
     TIFF,
     VOLUME,
-    Header,
-    array_headers,
-    checked,
     header_of,
     is_colour,
     nifti_unit,
@@ -41,6 +37,7 @@ from biovfm_monai.data.headers import (
     suffix,
     tiff_axes,
 )
+from biovfm_monai.data.medmnist import read_part
 from biovfm_monai.data.slides import is_slide, read_tile
 from biovfm_monai.data.store import StoredImage
 from biovfm_monai.errors import InputError
@@ -105,21 +102,12 @@ def part_of(path: str | Path) -> tuple[Path, str | None]:
     return Path(pieces[0]), "::".join(pieces[1:]) or None
 
 
-@lru_cache(maxsize=1)
-def _array(path: Path, name: str) -> np.ndarray:
-    shape, dtype = array_headers(path)[name]
-    if dtype.kind in "uif":
-        checked(path, Header(shape[1:] or (1,), 1, str(dtype)))
-    with np.load(path, allow_pickle=False) as arrays:
-        return np.asarray(arrays[name])
-
-
 def _of_archive(path: Path, part: str | None) -> tuple[np.ndarray, dict[str, Any]]:
     """One image out of an array of images, rows first as in MedMNIST: channels last, or slices first."""
     name, _, number = (part or "").partition("::")
     if not number.isdecimal():
         raise InputError(f"{path}: holds many images. Name one as {path.name}::train_images::0.")
-    image = _array(path, name)[int(number)]
+    image = read_part(path, name, int(number))
     return image.T, {"affine": _LPS, "original_channel_dim": 0 if is_colour(image.shape) else "no_channel"}
 
 

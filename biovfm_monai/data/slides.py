@@ -5,6 +5,7 @@ https://openslide.org/formats/; tissue is what is more saturated than Otsu's thr
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ SLIDES = (".bif", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
 
 _RESOLUTION, _TILE = 0.5, 512
 _MASK_PIXEL = 32
+_AT_ONCE = 8192
 _TISSUE, _LEAST_SATURATION = 0.25, 0.05
 
 
@@ -103,9 +105,17 @@ def _shrunk(path: Path, slide: Any) -> float:
 
 def _tissue(slide: Any, columns: int, rows: int, side: float) -> np.ndarray:
     """Which pixels of a small picture, 32 x 32 to a tile, show tissue."""
-    shape = (columns * _MASK_PIXEL, rows * _MASK_PIXEL)
     level = slide.get_best_level_for_downsample(side / _MASK_PIXEL)
-    size = tuple(round(count * side / slide.level_downsamples[level]) for count in (columns, rows))
-    picture = slide.read_region((0, 0), level, size).convert("RGB").resize(shape, Image.Resampling.BOX)
-    saturation = rgb2hsv(np.asarray(picture))[..., 1]
+    fine = side / slide.level_downsamples[level]
+    # A slide that holds no small picture of itself does not fit into memory.
+    step = max(int(_AT_ONCE / fine), 1)
+    picture = np.empty((rows * _MASK_PIXEL, columns * _MASK_PIXEL, 3), dtype=np.uint8)
+    for row, column in product(range(0, rows, step), range(0, columns, step)):
+        counts = min(step, columns - column), min(step, rows - row)
+        corner = round(column * side), round(row * side)
+        block = slide.read_region(corner, level, [round(count * fine) for count in counts]).convert("RGB")
+        block = block.resize([count * _MASK_PIXEL for count in counts], Image.Resampling.BOX)
+        top, left = row * _MASK_PIXEL, column * _MASK_PIXEL
+        picture[top : top + block.height, left : left + block.width] = np.asarray(block)
+    saturation = rgb2hsv(picture)[..., 1]
     return np.asarray(saturation > max(threshold_otsu(saturation), _LEAST_SATURATION))

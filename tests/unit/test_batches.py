@@ -200,7 +200,9 @@ def zooms(crops, count=120):
         image = crops[number]["image"]
         lines = [image[axis].transpose(0, axis).flatten(1).mean(1) for axis in range(3)]
         # Near the border a magnified image repeats its last voxels.
-        inner = [(line[-1 - len(line) // 4] - line[len(line) // 4], len(line) - 1 - 2 * (len(line) // 4)) for line in lines]
+        inner = [
+            (line[-1 - len(line) // 4] - line[len(line) // 4], len(line) - 1 - 2 * (len(line) // 4)) for line in lines
+        ]
         found.append([float(span) / count for span, count in inner])
     return np.array(found)
 

@@ -18,6 +18,7 @@ from biovfm_monai.data import (
     encoder_transform,
     find_images,
     load_datalist,
+    medmnist,
     read_image,
     training_transform,
 )
@@ -134,6 +135,22 @@ def test_an_archive_of_medmnist_is_one_item_per_image_with_label_and_split(tmp_p
     prepared = preset("microscopy", items[2]["image"])
     expected = images[2].transpose(2, 0, 1)[:, None] if channels == 3 else images[2].reshape(1, -1, 9, 7)
     assert np.array_equal(prepared.mul(255).round().numpy(), expected)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_images_of_an_archive_that_does_not_fit_into_memory_are_unpacked_one_by_one(tmp_path, monkeypatch, save, dtype):
+    images = np.random.default_rng(0).integers(0, 255, (30, 9, 11, 3)).astype(dtype)
+    save(tmp_path / "bloodmnist.npz", train_images=images)
+    whole = [read_image(f"{tmp_path}/bloodmnist.npz::train_images::{n}") for n in range(30)]
+    monkeypatch.setattr("biovfm_monai.data.medmnist._IN_MEMORY", images.nbytes // 2)
+    medmnist._opened.cache_clear()
+    for number in (0, 1, 7, 29, 3, 3, 4):
+        image = read_image(f"{tmp_path}/bloodmnist.npz::train_images::{number}")
+        assert torch.equal(image, whole[number])
+    with pytest.raises(InputError, match="out of bounds"):
+        read_image(f"{tmp_path}/bloodmnist.npz::train_images::30")
+    assert isinstance(medmnist._opened(tmp_path / "bloodmnist.npz", "train_images"), medmnist._Unpacked)
 
 
 def test_an_archive_that_needs_unpickling_is_refused(tmp_path):

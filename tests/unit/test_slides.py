@@ -31,7 +31,9 @@ def write_slide(path, pixel=0.25, resolution=True):
     return slide
 
 
-def test_tiles_of_tissue_are_found_and_show_half_a_micrometre_per_pixel(tmp_path):
+@pytest.mark.parametrize("at_once", [8192, 100])
+def test_tiles_of_tissue_are_found_and_show_half_a_micrometre_per_pixel(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr("biovfm_monai.data.slides._AT_ONCE", at_once)
     slide = write_slide(tmp_path / "a.tif")
     items = find_images(tmp_path)
     corners = [(2048 + 1024 * column, 1024 + 1024 * row) for row in range(2) for column in range(3)]
