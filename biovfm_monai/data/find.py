@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydicom
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from biovfm_monai.anisotropy import anisotropy_of
 from biovfm_monai.data import modalities
@@ -24,6 +24,7 @@ from biovfm_monai.data.dicom import (
     volumes,
 )
 from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, Header, array_headers, header_of, suffix
+from biovfm_monai.data.jobs import share_out
 from biovfm_monai.data.medmnist import describe_archive
 from biovfm_monai.data.slides import SLIDES, describe_slide, is_slide
 from biovfm_monai.errors import InputError
@@ -155,7 +156,7 @@ def survey(folder: str | Path, num_workers: int = 1) -> Iterator[Findings]:
         raise InputError(f"{folder}: no such file or folder. Correct the path.")
     denied: list[OSError] = []
     looks = (delayed(look_into)(parent, files, folder) for parent, files in _files_by_folder(folder, denied.append))
-    yield from Parallel(n_jobs=num_workers, return_as="generator")(looks)
+    yield from share_out(looks, num_workers)
     shut = [f"{error.filename}: {error.strerror}. Change its rights." for error in denied]
     if shut:
         yield Findings([], [Rejected(reason.partition(": ")[0], reason) for reason in shut])

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 from monai.data import MetaTensor
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from biovfm_monai.data.datalist import iterate_datalist
 from biovfm_monai.data.duplicates import perceptual_hash
 from biovfm_monai.data.encoding import encode, frame_of
 from biovfm_monai.data.find import hashed, survey, with_modality
+from biovfm_monai.data.jobs import share_out
 from biovfm_monai.data.join import join_tables
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
@@ -97,8 +98,8 @@ def pack(
     todo = [not (out / table_name(number)).is_file() for number in range(len(sizes))]
     shards = ((number, shard) for number, shard in enumerate(_shards(images, sizes)) if todo[number])
     jobs = (delayed(_write_shard)(out, number, shard, prepare, salt) for number, shard in shards)
-    finished = Parallel(n_jobs=num_workers, return_as="generator_unordered")(jobs)
     try:
+        finished = share_out(jobs, num_workers, ordered=False)
         for _ in tqdm(finished, "shards", total=len(sizes), initial=len(sizes) - sum(todo), disable=not any(todo)):
             pass
     except BrokenProcessPool as error:

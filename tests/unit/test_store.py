@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import joblib
 import nibabel as nib
 import numpy as np
 import pytest
@@ -176,6 +177,41 @@ def test_crops_of_the_store_and_of_the_files_are_alike(folder, store, crop):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_packing_again_gives_the_same_bytes_with_any_number_of_processes(folder, store, tmp_path, workers):
     pack(folder.with_name("list") / "datalist.json", tmp_path / "again", salt="y", num_workers=workers)
+    assert by_content(tmp_path / "again") == by_content(store)
+
+
+DASK = """
+import importlib, sys
+import joblib
+from dask.distributed import Client, LocalCluster
+module = importlib.import_module("biovfm_monai.data.pack")
+module._IMAGES = 3
+def moved(dask_scheduler):
+    return len(dask_scheduler.transition_log)
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with Client(cluster) as client, joblib.parallel_config(backend="dask"):
+            print(module.pack(sys.argv[1], sys.argv[2], salt="y"))
+            print("moved", client.run_on_scheduler(moved))
+"""
+
+
+def test_a_cluster_packs_the_same_bytes(folder, store, tmp_path):
+    pytest.importorskip("distributed")
+    command = [sys.executable, "-c", DASK, str(folder.with_name("list") / "datalist.json"), str(tmp_path / "store")]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert "ready, 10 images in 4 file(s)" in done.stdout, done.stderr
+    assert int(done.stdout.split("moved")[1]) >= 4
+    assert len(Store(tmp_path / "store")) == len(Store(store))
+
+
+def test_a_backend_that_gives_all_results_at_the_end_packs_too(folder, store, tmp_path):
+    class Backend(joblib._parallel_backends.ThreadingBackend):
+        supports_return_generator = False
+
+    joblib.register_parallel_backend("all at the end", Backend)
+    with joblib.parallel_config(backend="all at the end"):
+        pack(folder.with_name("list") / "datalist.json", tmp_path / "again", salt="y", num_workers=2)
     assert by_content(tmp_path / "again") == by_content(store)
 
 
