@@ -27,6 +27,7 @@ DICOM = (".dcm", ".dicom", ".ima")
 """Endings of the names of DICOM files; many have none, and are known by their content."""
 
 _PLACE = ("ImagePositionPatient", "ImageOrientationPatient")
+_SERIES = ("SeriesInstanceUID", "Rows", "Columns")
 """The tags that say where a slice lies in the body, and how it is turned."""
 
 _TAGS = [
@@ -159,21 +160,19 @@ def volumes(headers: Mapping[Path, pydicom.Dataset]) -> list[list[list[Path]]]:
         Per series, direction and size the files of each of its time points (echoes, diffusion directions), one list
         where slices do not come equally often; files without a place are a volume each.
     """
-    groups: list[list[Path]] = []
+    series: dict[tuple[str, ...], list[list[Path]]] = {}
     for path, header in headers.items():
-        same = (group for group in groups if _belong_together(headers[group[0]], header))
-        group = next(same, None) if all(header.get(tag) for tag in _PLACE) else None
+        placed = all(header.get(tag) for tag in _PLACE)
+        groups = series.setdefault(tuple(str(header.get(tag)) for tag in _SERIES) if placed else (str(path),), [])
+        group = next((group for group in groups if _turned_alike(headers[group[0]], header)), None)
         if group is None:
             groups.append([path])
         else:
             group.append(path)
-    return [_time_points({path: headers[path] for path in group}) for group in groups]
+    return [_time_points({path: headers[path] for path in group}) for groups in series.values() for group in groups]
 
 
-def _belong_together(a: pydicom.Dataset, b: pydicom.Dataset) -> bool:
-    same = all(a.get(tag) == b.get(tag) for tag in ("SeriesInstanceUID", "Rows", "Columns"))
-    if not same or not all(a.get(tag) for tag in _PLACE):
-        return False
+def _turned_alike(a: pydicom.Dataset, b: pydicom.Dataset) -> bool:
     return float(np.abs(_numbers(a, _PLACE[1]) - _numbers(b, _PLACE[1])).max()) <= _TURNED
 
 

@@ -6,7 +6,8 @@ import csv
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,28 @@ def _look(path: Path, num_workers: int) -> Iterator[Findings]:
         for found in survey(path, num_workers):
             yield _with_fields(found, {"source": path.resolve().stem if path.is_file() else path.resolve().name})
         return
+    # The parts of one file follow each other, of which there may be many thousands.
+    surveyed = lru_cache(maxsize=1)(_surveyed)
     for entry in entries:
         fields = {name: entry[name] for name in _SETTABLE if entry.get(name) not in (None, "")}
-        yield _with_fields(_entry(entry["image"]), {"source": path.stem, **fields})
+        yield _with_fields(_entry(entry["image"], surveyed), {"source": path.stem, **fields})
 
 
-def _entry(image: str | list[str]) -> Findings:
+def _surveyed(file: Path) -> tuple[dict[str | None, list[dict[str, Any]]], list[Rejected]]:
+    """The items of a file or folder by the part that they are, and what cannot be used."""
+    parts: dict[str | None, list[dict[str, Any]]] = {None: []}
+    rejected = []
+    for found in survey(file):
+        rejected += found.rejected
+        for item in found.items:
+            parts[None].append(item)
+            part = part_of(item["image"])[1] if isinstance(item["image"], str) else None
+            if part is not None:
+                parts[part] = [item]
+    return parts, rejected
+
+
+def _entry(image: str | list[str], surveyed: Callable[[Path], Any]) -> Findings:
     """What one entry of a table names: a file, a part of one, a folder, or the slices of a volume."""
     if isinstance(image, list):
         files = [Path(path).resolve() for path in image]
@@ -134,11 +151,10 @@ def _entry(image: str | list[str]) -> Findings:
         )
     file, part = part_of(image)
     try:
-        folders = [*survey(file)]
+        parts, rejected = surveyed(file)
     except InputError as error:
         return Findings([], [Rejected(image, str(error))])
-    items = [item for one in folders for item in one.items if part in (None, part_of(item["image"])[1])]
-    rejected = [one for each in folders for one in each.rejected]
+    items = parts.get(part, [])
     if not items and not rejected:
         rejected = [Rejected(image, f"{image}: names no image. Correct the entry.")]
     return Findings(items, rejected)
