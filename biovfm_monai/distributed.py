@@ -6,6 +6,7 @@ Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) an
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -13,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["barrier", "device", "finalize", "initialize", "is_main", "mean", "parallel", "rank", "world_size"]
+__all__ = [
+    "barrier", "device", "finalize", "gather", "initialize", "is_main", "mean", "parallel", "rank", "total",
+    "world_size",
+]  # fmt: skip
 
 
 def initialize() -> None:
@@ -66,6 +70,51 @@ def barrier() -> None:
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over all processes, on each of them."""
     return idist.all_reduce(value.clone(), "SUM") / world_size()
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; gradients flow back to where each row came from.
+
+    With the loss a mean over a process's own rows, and gradients averaged over processes, the gradient is that of one
+    process with all rows.
+
+    Args:
+        x: N x ..., of the same shape on every process.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each of them; gradients flow back to all."""
+    return x if world_size() == 1 else _Total.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ARG004
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ARG004
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
 
 
 def parallel(module: nn.Module, device: torch.device | str) -> nn.Module:

@@ -45,7 +45,7 @@ class EncoderHandler:
     def _save(self, engine: PretrainingTrainer) -> None:
         if not distributed.is_main():
             return
-        encoder = engine.method.encoder
+        encoder = engine.method.trained
         training = {
             "method": type(engine.method).__name__,
             "steps": engine.step,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from biovfm_monai.draws import random_keys
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["SSLMethod"]
+__all__ = ["SSLMethod", "degree_of_batch", "keys_of_batch"]
 
 
 class SSLMethod(nn.Module, ABC):
@@ -18,8 +22,37 @@ class SSLMethod(nn.Module, ABC):
     encoder: ViT
 
     @abstractmethod
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the scalar "loss" of a batch, and whatever else is worth logging or looking at."""
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the scalar "loss" of a batch, and whatever else is worth logging or looking at.
+
+        Args:
+            batch: "image", B x C x (D) x H x W; or, for methods that compare views of an image, "global_crops" and
+                "local_crops", each views x B x C x (D) x H x W. Where known also "anisotropy", the degree that all
+                images share, as one number or B equal ones, and "key", of each image's random numbers (`uniform`).
+        """
+
+    @property
+    def trained(self) -> ViT:
+        """The encoder to keep: this one, or a teacher's where that is better."""
+        return self.encoder
 
     def after_step(self, progress: float) -> None:
         """Update what follows the optimizer (a teacher, a temperature); progress runs from 0 to 1. Nothing here."""
+
+
+def degree_of_batch(batch: Mapping[str, Any]) -> int | None:
+    """The degree of anisotropy that the images of a batch share; None where none is given.
+
+    Raises:
+        InputError: when they have several.
+    """
+    given = batch.get("anisotropy")
+    degrees = [] if given is None else torch.as_tensor(given).unique().tolist()
+    if len(degrees) > 1:
+        raise InputError(f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch.")
+    return int(degrees[0]) if degrees else None
+
+
+def keys_of_batch(batch: Mapping[str, Any], count: int, device: torch.device) -> Tensor:
+    """The keys of a batch's random numbers, or random ones where it has none."""
+    return batch["key"].to(device) if "key" in batch else random_keys(count, device)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biovfm_monai.draws import random_keys
-from biovfm_monai.errors import InputError
-from biovfm_monai.methods.base import SSLMethod
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
 
@@ -93,18 +91,11 @@ class MAE(SSLMethod):
         return unpatchify(masked, stride, patches.grid_size), unpatchify(filled, stride, patches.grid_size)
 
     def _patches(self, batch: Mapping[str, Tensor]) -> Patches:
-        given = batch.get("anisotropy")
-        degrees = [] if given is None else torch.as_tensor(given).unique().tolist()
-        if len(degrees) > 1:
-            raise InputError(
-                f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch."
-            )
-        return self.encoder.patchify(batch["image"], int(degrees[0]) if degrees else None)
+        return self.encoder.patchify(batch["image"], degree_of_batch(batch))
 
     def _mask(self, patches: Patches, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        (b, length), device = patches.voxels.shape[:2], patches.voxels.device
-        keys = batch["key"].to(device) if "key" in batch else random_keys(b, device)
-        return random_mask(keys, length, self.mask_ratio)
+        b, length = patches.voxels.shape[:2]
+        return random_mask(keys_of_batch(batch, b, patches.voxels.device), length, self.mask_ratio)
 
     def _predict(self, patches: Patches, keep: Tensor, hidden: Tensor) -> Tensor:
         """Predicted pixels of the hidden patches: B x hidden x voxels."""

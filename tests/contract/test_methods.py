@@ -1,13 +1,15 @@
-"""Every method obeys the contract of `SSLMethod`; add a line to METHODS for a new one."""
+"""Every method obeys the contract of `SSLMethod`; add a line to METHODS in methods.py for a new one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from methods import METHODS, SIZES, batch, encoder
 
-from biovfm_monai.methods import MAE
-from biovfm_monai.networks import ViT
-
-METHODS = {"MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)}
-SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
+SCRIPT = str(Path(__file__).with_name("gradients.py"))
 
 
 @pytest.fixture(params=METHODS)
@@ -20,39 +22,39 @@ def size(request):
     return SIZES[request.param]
 
 
-def encoder(size):
-    return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3)
-
-
-def batch(size, n=4):
-    return {"image": torch.randn(n, 1, *size)}
+def step(method, data, optimizer):
+    loss = method(data)["loss"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def test_every_trainable_parameter_gets_a_gradient(make, size):
     method = make(encoder(size))
     method(batch(size))["loss"].backward()
-    assert [name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()] == []
+    trainable = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    assert [name for name, p in trainable if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in method.parameters() if not p.requires_grad)
 
 
 def test_the_loss_falls_on_one_batch(make, size):
     method, data = make(encoder(size)), batch(size)
-    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
     losses = []
     for _ in range(60):
         torch.manual_seed(0)
-        loss = method(data)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(step(method, data, optimizer))
     assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
     method = make(encoder(size))
-    method(batch(size, n))["loss"].backward()
-    assert all(p.grad.isfinite().all() for p in method.parameters())
+    loss = method(batch(size, n))["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
 def test_bf16_autocast_gives_the_same_loss_to_its_precision(make, size):
@@ -65,18 +67,75 @@ def test_bf16_autocast_gives_the_same_loss_to_its_precision(make, size):
     loss.backward()
     assert loss.dtype is torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
-    assert all(p.grad.isfinite().all() for p in method.parameters())
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-def test_the_state_goes_round(make, size):
-    first, second, data = make(encoder(size)), make(encoder(size)), batch(size)
-    second.load_state_dict(first.state_dict())
+def trained(make, size, data, steps, states=None):
+    """Train from the start, or from states; returns the losses, and the states at the end."""
+    torch.manual_seed(5)
+    method = make(encoder(size))
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
+    if states:
+        method.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
     losses = []
-    for method in (first, second):
-        torch.manual_seed(2)
-        losses.append(method(data)["loss"].item())
-    assert losses[0] == losses[1]
+    for number in steps:
+        torch.manual_seed(number)
+        losses.append(step(method, data[number], optimizer))
+        method.after_step((number + 1) / 4)
+    return losses, (method.state_dict(), optimizer.state_dict())
 
 
-def test_training_three_lines_of_python_is_all_it_takes(make):
-    make(encoder((32, 32)))({"image": torch.randn(2, 1, 32, 32)})["loss"].backward()
+def test_the_state_goes_round_and_training_goes_on_as_it_would_have(make, size):
+    data = [batch(size) for _ in range(4)]
+    whole, _ = trained(make, size, data, range(4))
+    begun, states = trained(make, size, data, range(2))
+    gone_on, _ = trained(make, size, data, range(2, 4), states)
+    assert begun + gone_on == whole
+
+
+def test_three_lines_of_python_are_all_it_takes(make):
+    make(encoder((32, 32)))(batch((32, 32)))["loss"].backward()
+
+
+@pytest.mark.parametrize("degree", [0, 2, 5])
+def test_thick_slices_and_2d_images_train_an_encoder_of_volumes(make, degree):
+    size = (32, 32, 32)
+    method = make(encoder(size))
+    thin = {5: 1}.get(degree, 32 >> degree)
+    data = batch((thin, 32, 32)) | {"anisotropy": torch.full((4,), degree)}
+    depth = {0: 16, 2: 4, 5: 1}[degree]
+    data["local_crops"] = torch.randn(3, 4, 1, depth, 16, 16)
+    method(data)["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+def test_a_trained_encoder_can_be_had(make, size):
+    method = make(encoder(size))
+    assert method.trained(torch.randn(2, 1, *size)).shape[0] == 2
+    assert method.trained.arguments == method.encoder.arguments
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """All methods in one go, since starting processes takes longer than their gradients."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in ([sys.executable], launcher):
+        out = tmp_path / f"{len(command)}.pt"
+        with subprocess.Popen([*command, SCRIPT, str(out)], env=environment, stderr=subprocess.PIPE, text=True) as run:
+            try:
+                _, errors = run.communicate(timeout=240)
+            except subprocess.TimeoutExpired:
+                run.terminate()
+                run.communicate(timeout=60)
+                raise
+        assert run.returncode == 0, errors
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, len(launcher)))
+    assert one.keys() == two.keys()
+    wrong = []
+    for name, expected in one.items():
+        gap = (two[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        if gap > 1e-3:
+            wrong.append((name, float(gap)))
+    assert wrong == []

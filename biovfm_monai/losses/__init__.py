@@ -1,0 +1,1 @@
+"""Losses: tensors to scalars, over the rows of all processes."""

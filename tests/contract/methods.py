@@ -1,0 +1,32 @@
+"""The methods that the contract tests go through; add a line for a new one."""
+
+import torch
+
+from biovfm_monai.methods import MAE
+from biovfm_monai.networks import ViT
+
+METHODS = {"MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)}
+SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
+
+
+def encoder(size):
+    return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3)
+
+
+def batch(size, n=4):
+    """Images, two large views of each and three small ones, and keys: each method takes what it needs."""
+    small = tuple(max(side // 2, 8) for side in size)
+    image = torch.randn(n, 1, *size)
+    # Views of an image have something in common.
+    return {
+        "image": image,
+        "global_crops": image + 0.3 * torch.randn(2, n, 1, *size),
+        "local_crops": image[(..., *(slice(side) for side in small))] + 0.3 * torch.randn(3, n, 1, *small),
+        "key": torch.randint(2**62, (n,)),
+    }
+
+
+def of_rank(data, rank, processes):
+    """The part of a batch that one of several processes gets."""
+    rows = slice(rank, None, processes)
+    return {name: value[:, rows] if name.endswith("crops") else value[rows] for name, value in data.items()}
