@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["random_keys", "uniform"]
+__all__ = ["forked", "random_keys", "uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
@@ -16,6 +16,11 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 - 2**64, 0x94D
 def random_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
     """Keys from torch's own generator, for samples that have none."""
     return torch.randint(2**62, (count,), device=device)
+
+
+def forked(keys: Tensor, number: int) -> Tensor:
+    """Other keys for each of several uses of one sample, such as its views."""
+    return _shifted(_mixed(_mixed(keys) + number), 1)
 
 
 def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:

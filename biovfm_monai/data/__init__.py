@@ -6,6 +6,7 @@ from biovfm_monai.data.find import find_images
 from biovfm_monai.data.index import index
 from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.pack import pack
+from biovfm_monai.data.policies import NATURAL, POLICIES, Policy, geometric, with_chances
 from biovfm_monai.data.preprocessing import (
     ByModalityd,
     FitSized,
@@ -17,10 +18,11 @@ from biovfm_monai.data.reading import ReadImaged, read_image
 from biovfm_monai.data.samples import sample_datalist, write_samples
 from biovfm_monai.data.sampling import GlobalBatchSampler
 from biovfm_monai.data.store import Store
-from biovfm_monai.data.views import RandomResizedCrop
+from biovfm_monai.data.views import MultiCrop, RandomResizedCrop
 
 __all__ = [
-    "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture", "RandomCropDataset",
-    "RandomResizedCrop", "ReadImaged", "Store", "encoder_transform", "find_images", "index", "load_datalist", "pack",
-    "read_image", "sample_datalist", "subset", "training_transform", "write_samples",
+    "NATURAL", "POLICIES", "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture",
+    "MultiCrop", "Policy", "RandomCropDataset", "RandomResizedCrop", "ReadImaged", "Store", "encoder_transform",
+    "find_images", "geometric", "index", "load_datalist", "pack", "read_image", "sample_datalist", "subset",
+    "training_transform", "with_chances", "write_samples",
 ]  # fmt: skip

@@ -1,20 +1,36 @@
-"""Random views of a batch, made on its device: draw parameters per image, then apply them in one resampling."""
+"""Random views of a batch, made on its device: draw parameters per image, then resample once and change intensities."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biovfm_monai.data.intensity import Changes, apply_changes, chances, draw_changes
+from biovfm_monai.data.policies import Policy
 from biovfm_monai.data.preprocessing import crop_of_degree
-from biovfm_monai.draws import random_keys, uniform
+from biovfm_monai.draws import forked, random_keys, uniform
 from biovfm_monai.errors import InputError
 
-__all__ = ["RandomResizedCrop"]
+__all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
+
+_FLIPS = Policy()
+
+
+class Drawn(NamedTuple):
+    """What a view shows of each image, and how it changes it.
+
+    Attributes:
+        maps: B x dims x (dims + 1), affine maps from view to source in [-1, 1] coordinates (x, y(, z)).
+        changes: of intensity; None for none.
+    """
+
+    maps: Tensor
+    changes: Changes | None
 
 
 class RandomResizedCrop:
@@ -28,9 +44,10 @@ class RandomResizedCrop:
         scale: share of the area (volume) that a view shows, drawn uniformly in between; 1 is the largest box of the
             view's proportions that the source holds.
         ratio: stretching of height over width, drawn log-uniformly in between; volumes keep their proportions.
-        flip: probability of a left-right flip.
-        rotation: largest in-plane turn in degrees, drawn uniformly up to it in both directions; 0 for images whose
-            upright position means something. What a turned view shows beyond the source is its mirror image.
+        depth_scale: share of the depth of volumes that a view shows, drawn uniformly in between, apart from the share
+            of the plane, which `scale` then is; None for boxes of the view's proportions.
+        policy: flips, turns and changes of intensity; one for all images, or by modality, such as `POLICIES`. What a
+            turned view shows beyond the source is its mirror image.
         mean, std: of the normalisation, after which [0, 1] becomes (0 - mean) / std and so on.
     """
 
@@ -39,53 +56,74 @@ class RandomResizedCrop:
         img_size: Sequence[int],
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        rotation: float = 0.0,
+        depth_scale: tuple[float, float] | None = None,
+        policy: Policy | Mapping[str, Policy] = _FLIPS,
         mean: float = 0.5,
         std: float = 0.5,
     ) -> None:
         self.img_size = tuple(img_size)
-        self.scale, self.ratio, self.flip, self.rotation = scale, ratio, flip, rotation
+        self.scale, self.ratio, self.depth_scale, self.policy = scale, ratio, depth_scale, policy
         self.mean, self.std = mean, std
 
-    def draw(self, image: Tensor, anisotropy: int = 0, keys: Tensor | None = None) -> Tensor:
-        """Affine maps from view to source in [-1, 1] coordinates (x, y(, z)), one per image of a batch.
+    def draw(
+        self,
+        image: Tensor,
+        anisotropy: int = 0,
+        keys: Tensor | None = None,
+        modality: Sequence[str] | None = None,
+    ) -> Drawn:
+        """What is shown of each image of a batch, and how it is changed.
 
         Args:
-            image: B x C x D x H x W, whose size, number and device count; voxels are as high as they are wide.
+            image: B x C x D x H x W, whose size and number count; voxels are as high as they are wide.
             anisotropy: degree of anisotropy of volumes.
             keys: of the images' random numbers, as `uniform` takes them; None for random ones.
-
-        Returns:
-            B x dims x (dims + 1).
+            modality: of each image, where there are policies by modality.
         """
         dims = len(self.img_size)
-        keys = random_keys(image.shape[0], image.device) if keys is None else keys.to(image.device)
-        size, stretching, flipping, turning, *places = uniform(keys, 4 + dims).unbind(1)
+        keys = random_keys(image.shape[0]) if keys is None else keys.cpu()
+        policies = self._policies(len(keys), modality)
+        size, thickness, stretching, turning, *places = uniform(keys, 4 + dims).unbind(1)
         source, largest = self._source(image), self._largest(image, anisotropy)
-        extent = _between(*self.scale, size)[:, None] ** (1 / dims) * largest
+        share = _between(*self.scale, size)[:, None]
+        extent = share ** (1 / dims) * largest
         if dims == 2:
             stretch = _between(math.log(self.ratio[0]), math.log(self.ratio[1]), stretching).mul(0.5).exp()
             extent = torch.minimum(extent * torch.stack([1 / stretch, stretch], dim=1), source)
+        elif self.depth_scale is not None:
+            extent = torch.cat(
+                [share.sqrt() * largest[:2], _between(*self.depth_scale, thickness)[:, None] * source[2]], 1
+            )
         centre = _between(-1.0, 1.0, torch.stack(places, dim=1)) * (1 - extent / source)
-        extent[:, 0] *= torch.where(flipping < self.flip, -1.0, 1.0)
+        flips = torch.tensor([(of.flip, of.vertical_flip, of.depth_flip) for of in policies])
+        extent = extent * torch.where(uniform(keys, 3, stream=4) < flips, -1.0, 1.0)[:, :dims]
+        angle = torch.tensor([math.radians(of.rotation) for of in policies]) * (2 * turning - 1)
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
         matrix = torch.diag_embed(extent)
-        if self.rotation:
-            angle = _between(-math.radians(self.rotation), math.radians(self.rotation), turning)
-            turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
-            matrix[:, :2] = turn @ matrix[:, :2]
-        return torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
+        matrix[:, :2] = turn @ matrix[:, :2]
+        maps = torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
+        return Drawn(maps, draw_changes(chances(policies), keys))
 
-    def still(self, image: Tensor, anisotropy: int = 0) -> Tensor:
-        """Maps, as from `draw`, to the largest view from the middle of each image, upright and not mirrored."""
+    def _policies(self, count: int, modality: Sequence[str] | None) -> list[Policy]:
+        if isinstance(self.policy, Policy):
+            return [self.policy] * count
+        if modality is None:
+            raise InputError('policies by modality need a batch with "modality". Give it, or one policy for all.')
+        unknown = set(modality) - set(self.policy)
+        if unknown:
+            raise InputError(f"there is no policy for {', '.join(sorted(unknown))}. Add one, or give one for all.")
+        return [self.policy[name] for name in modality]
+
+    def still(self, image: Tensor, anisotropy: int = 0) -> Drawn:
+        """As `draw`, but the largest view from the middle of each image, upright and unchanged."""
         dims = len(self.img_size)
         matrix = torch.diag(self._largest(image, anisotropy) / self._source(image))
-        return torch.cat([matrix, matrix.new_zeros(dims, 1)], dim=1).expand(image.shape[0], -1, -1)
+        return Drawn(torch.cat([matrix, matrix.new_zeros(dims, 1)], dim=1).expand(image.shape[0], -1, -1), None)
 
     def _source(self, image: Tensor) -> Tensor:
         """Voxels of a batch's images along x, y(, z)."""
         size = image.shape[-len(self.img_size) :]
-        return torch.tensor(size[::-1], dtype=torch.float32, device=image.device)
+        return torch.tensor(size[::-1], dtype=torch.float32)
 
     def _size(self, anisotropy: int) -> tuple[int, ...]:
         return self.img_size if len(self.img_size) == 2 else crop_of_degree(self.img_size, anisotropy)
@@ -94,10 +132,10 @@ class RandomResizedCrop:
         """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels."""
         wanted, size = self._size(anisotropy), image.shape[-len(self.img_size) :]
         ratio = min(n / v for n, v in zip(size, wanted, strict=True))
-        return torch.tensor([ratio * v for v in wanted[::-1]], device=image.device)
+        return torch.tensor([ratio * v for v in wanted[::-1]])
 
-    def apply(self, image: Tensor, maps: Tensor, anisotropy: int = 0) -> Tensor:
-        """Resample B x C x D x H x W (D of 1 for 2D views) by the maps that `draw` gave, and normalise to float32.
+    def apply(self, image: Tensor, drawn: Drawn, anisotropy: int = 0) -> Tensor:
+        """Resample B x C x D x H x W (D of 1 for 2D views) as `draw` said, change it, and normalise to float32.
 
         Raises:
             InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume.
@@ -111,9 +149,13 @@ class RandomResizedCrop:
             image = image[:, :, 0]
         elif image.shape[2] == 1 < self._size(anisotropy)[0]:
             raise InputError("crops of one slice do not make volumes. Give --crop_size three numbers too.")
+        maps = drawn.maps.to(image.device, non_blocking=True)
         grid = F.affine_grid(maps, [image.shape[0], 1, *self._size(anisotropy)], align_corners=False)
         view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-        return (view - self.mean) / self.std
+        if drawn.changes is not None:
+            volume = view.unsqueeze(2) if view.ndim == 4 else view
+            view = apply_changes(volume, drawn.changes).view_as(view)
+        return view.sub_(self.mean).div_(self.std)
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
@@ -124,7 +166,60 @@ class RandomResizedCrop:
         """
         image = batch["image"].to(device, non_blocking=non_blocking)
         degree = int(torch.as_tensor(batch.get("anisotropy", 0)).max())
-        return {**batch, "image": self.apply(image, self.draw(image, degree, batch.get("key")), degree)}
+        drawn = self.draw(image, degree, batch.get("key"), batch.get("modality"))
+        return {**batch, "image": self.apply(image, drawn, degree)}
+
+
+class MultiCrop:
+    """Several views of each image: large ones that teach, and small ones (https://arxiv.org/abs/2006.09882).
+
+    An instance serves as the trainer's `prepare_batch`; all views are cut from the batch's images, which are read once.
+
+    Args:
+        global_views: how each large view is made, of one size.
+        local_view: how the small ones are made; None for none.
+        num_local: how many small ones.
+
+    Raises:
+        InputError: when there is no large view, or large ones differ in size.
+    """
+
+    def __init__(
+        self,
+        global_views: Sequence[RandomResizedCrop],
+        local_view: RandomResizedCrop | None = None,
+        num_local: int = 8,
+    ) -> None:
+        if len({view.img_size for view in global_views}) != 1:
+            sizes = [list(view.img_size) for view in global_views]
+            raise InputError(f"global_views of sizes {sizes} must be one or more, of one size. Correct them.")
+        self.global_views, self.local_view, self.num_local = list(global_views), local_view, num_local
+
+    @property
+    def mean(self) -> float:
+        """Of the normalisation."""
+        return self.global_views[0].mean
+
+    @property
+    def std(self) -> float:
+        """Of the normalisation."""
+        return self.global_views[0].std
+
+    def __call__(
+        self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        """Move a batch to the device; of "image" make "global_crops", "local_crops": views x B x C x (D) x H x W."""
+        image = batch["image"].to(device, non_blocking=non_blocking).float()
+        keys = batch["key"].cpu() if "key" in batch else random_keys(image.shape[0])
+        local = [self.local_view] * self.num_local if self.local_view is not None else []
+        views = []
+        for number, view in enumerate([*self.global_views, *local]):
+            source = {**batch, "image": image, "key": forked(keys, number)}
+            views.append(view(source, device)["image"])
+        large = len(self.global_views)
+        made = {name: value for name, value in batch.items() if name != "image"}
+        made |= {"key": keys, "global_crops": torch.stack(views[:large])}
+        return made | ({"local_crops": torch.stack(views[large:])} if local else {})
 
 
 def _between(low: float, high: float, drawn: Tensor) -> Tensor:

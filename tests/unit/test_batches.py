@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from biovfm_monai import distributed
 from biovfm_monai.data import (
     GlobalBatchSampler,
+    Policy,
     RandomCropDataset,
     RandomResizedCrop,
     Store,
@@ -23,6 +24,7 @@ from biovfm_monai.data import (
     pack,
     training_transform,
 )
+from biovfm_monai.data.views import Drawn
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import spad_vit_tiny
@@ -250,7 +252,7 @@ def test_the_store_and_the_files_zoom_alike(tmp_path):
 
 @pytest.mark.parametrize("degree", [0, 1, 4, 5])
 def test_views_of_thick_slices_have_as_many_fewer(degree):
-    view = RandomResizedCrop((32, 16, 16), scale=(1.0, 1.0), flip=0.0)
+    view = RandomResizedCrop((32, 16, 16), scale=(1.0, 1.0), policy=Policy(flip=0.0))
     crop = torch.rand(2, 1, max(32 >> degree, 1) if degree < 5 else 1, 16, 16)
     batch = {"image": crop, "anisotropy": torch.tensor([degree, degree]), "modality": ["ct", "ct"]}
     made = view(batch, torch.device("cpu"))
@@ -363,14 +365,14 @@ def test_a_map_of_half_the_sides_shows_exactly_its_corner(size, corner):
     image = source(size)
     half = [n // 2 for n in size]
     maps = torch.cat([torch.eye(len(size)) / 2, torch.full((len(size), 1), corner / 2)], dim=1).expand(2, -1, -1)
-    shown = raw_view(half).apply(image, maps)
+    shown = raw_view(half).apply(image, Drawn(maps, None))
     expected = image.view(2, 1, *size)[(..., *(slice(None, h) if corner < 0 else slice(h, None) for h in half))]
     torch.testing.assert_close(shown, expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_flip_mirrors_the_width_and_nothing_else(size):
-    view, image = raw_view(size, scale=(1, 1), ratio=(1, 1), flip=1.0), source(size)
+    view, image = raw_view(size, scale=(1, 1), ratio=(1, 1), policy=Policy(flip=1.0)), source(size)
     expected = image.view(2, 1, *size).flip(-1)
     torch.testing.assert_close(view.apply(image, view.draw(image)), expected)
 
@@ -390,35 +392,35 @@ def test_a_view_is_normalised_by_mean_and_deviation(size):
 def test_drawn_views_lie_inside_the_source(sizes, a, b, ratio, seed):
     size, sourced = sizes
     view = RandomResizedCrop(size, scale=(min(a, b), max(a, b)), ratio=(1 / ratio, ratio))
-    maps = view.draw(source(sourced, 64), keys=seed + torch.arange(64))
+    maps = view.draw(source(sourced, 64), keys=seed + torch.arange(64)).maps
     reach = maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()
     assert reach.max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_share_shown_fills_the_stated_range(size):
-    share = RandomResizedCrop(size, scale=(0.2, 0.5)).draw(source(size, 2000))[:, :, :-1].det().abs()
+    share = RandomResizedCrop(size, scale=(0.2, 0.5)).draw(source(size, 2000)).maps[:, :, :-1].det().abs()
     assert 0.2 - 1e-5 <= share.min() < 0.21
     assert 0.49 < share.max() <= 0.5 + 1e-5
     assert abs(share.mean() - 0.35) < 0.01
 
 
 def test_the_height_of_2d_views_over_their_width_fills_the_stated_range():
-    maps = RandomResizedCrop((8, 8), scale=(0.1, 0.2), ratio=(1.0, 4.0)).draw(source((8, 8), 2000)).abs()
+    maps = RandomResizedCrop((8, 8), scale=(0.1, 0.2), ratio=(1.0, 4.0)).draw(source((8, 8), 2000)).maps.abs()
     aspect = (maps[:, 1, 1] / maps[:, 0, 0]).log2()
     assert -1e-5 <= aspect.min() < 0.05
     assert 1.95 < aspect.max() <= 2 + 1e-5
 
 
 def test_volumes_keep_their_proportions():
-    sides = RandomResizedCrop((8, 8, 8)).draw(source((8, 8, 8), 100))[:, :, :-1].abs().diagonal(dim1=1, dim2=2)
+    sides = RandomResizedCrop((8, 8, 8)).draw(source((8, 8, 8), 100)).maps[:, :, :-1].abs().diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(sides, sides[:, :1].expand(-1, 3))
 
 
 @pytest.mark.parametrize(("size", "wide"), [((8, 8), (10, 30)), ((8, 4), (10, 30)), ((4, 8, 8), (9, 10, 30))])
 def test_views_of_an_oblong_source_are_turned_and_zoomed_but_not_sheared_or_stretched(size, wide):
     image = source(wide, 200)
-    maps = RandomResizedCrop(size, ratio=(1, 1), rotation=180.0).draw(image)[:, :, :-1]
+    maps = RandomResizedCrop(size, ratio=(1, 1), policy=Policy(rotation=180.0)).draw(image).maps[:, :, :-1]
     view, voxels = (torch.tensor(s[::-1], dtype=torch.float32) for s in (size, wide))
     zoomed = maps * voxels[:, None] / view
     zoom = zoomed.det().abs() ** (1 / len(size))
@@ -438,13 +440,13 @@ def test_a_still_view_of_an_oblong_source_is_its_middle():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("flip", [0.0, 0.3, 1.0])
 def test_flips_happen_with_the_stated_probability(size, flip):
-    flipped = RandomResizedCrop(size, flip=flip).draw(source(size, 4000))[:, :, :-1].det() < 0
+    flipped = RandomResizedCrop(size, policy=Policy(flip=flip)).draw(source(size, 4000)).maps[:, :, :-1].det() < 0
     assert abs(flipped.float().mean() - flip) < 0.03
 
 
 def test_drawn_maps_follow_their_keys_and_differ_within_a_batch():
     image = source((8, 8), 3)
-    first, again = (RandomResizedCrop((8, 8)).draw(image, keys=torch.arange(len(image))) for _ in range(2))
+    first, again = (RandomResizedCrop((8, 8)).draw(image, keys=torch.arange(len(image))).maps for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[0], first[1])
 
@@ -465,4 +467,4 @@ def test_a_crop_of_several_slices_is_no_2d_view():
 def test_a_crop_of_one_slice_is_no_volume():
     view = RandomResizedCrop((4, 8, 8))
     with pytest.raises(InputError, match=r"one slice.*--crop_size"):
-        view.apply(torch.zeros(1, 1, 1, 8, 8), torch.eye(3, 4)[None])
+        view.apply(torch.zeros(1, 1, 1, 8, 8), Drawn(torch.eye(3, 4)[None], None))

@@ -1,0 +1,206 @@
+"""Random changes of intensity and colour: drawn per image, then applied to a batch on its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biovfm_monai.data.policies import Policy
+from biovfm_monai.draws import uniform
+
+__all__ = ["Changes", "apply_changes", "chances", "draw_changes"]
+
+_NAMES = (
+    "brightness", "contrast", "saturation", "hue", "grey", "gamma", "blur", "low_resolution", "noise", "solarise",
+    "haematoxylin", "eosin", "dab",
+)  # fmt: skip
+_STAIN_NAMES = _NAMES[-3:]
+_FIELD = dict.fromkeys(_STAIN_NAMES, "stain")
+_ONE_CHANCE = dict.fromkeys(_STAIN_NAMES, _STAIN_NAMES[0])
+_SHARP = 0.1
+_GREY = torch.tensor([0.299, 0.587, 0.114])
+# Luminance, and two axes of colour that hue turns about (NTSC's YIQ).
+_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+# Optical densities of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001, https://pubmed.ncbi.nlm.nih.gov/11531144/).
+_STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_DARKEST = 1 / 256
+
+
+class Changes(NamedTuple):
+    """What happens to each of B images; where nothing does, factors are 1 and the rest is 0.
+
+    Attributes:
+        brightness, contrast, saturation, gamma, pixel: factors, B each; pixel is the width of a coarser pixel.
+        hue: in turns; blur, noise: standard deviations; B each.
+        inverted, solarise: whether gamma is of the inverted image, and bright pixels are inverted; B each.
+        stain: B x 3 factors of optical densities.
+        seed: of the noise, B.
+    """
+
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    stain: Tensor
+    gamma: Tensor
+    inverted: Tensor
+    blur: Tensor
+    pixel: Tensor
+    noise: Tensor
+    solarise: Tensor
+    seed: Tensor
+
+
+def chances(policies: Sequence[Policy]) -> dict[str, Tensor]:
+    """Probability and strength of each change, by its name, for B images: B x 2 each."""
+    of = {name: [getattr(policy, _FIELD.get(name, name)) for policy in policies] for name in _NAMES}
+    return {
+        name: torch.tensor([c if isinstance(c, tuple) else (c, 0.0) for c in values]) for name, values in of.items()
+    }
+
+
+def draw_changes(policies: Mapping[str, Tensor], keys: Tensor) -> Changes:
+    """Draw what happens to each image.
+
+    Args:
+        policies: name of a change in `Policy` -> B x 2, its probability and strength for each image.
+        keys: B, as `uniform` takes them; on the CPU, where the drawing is for any device.
+    """
+    happens, size = (dict(zip(_NAMES, uniform(keys, len(_NAMES), stream).unbind(1), strict=True)) for stream in (2, 3))
+
+    def drawn(name: str, strength: Callable[[Tensor, Tensor], Tensor], still: float) -> Tensor:
+        probability, most = policies[name].unbind(1)
+        return torch.where(happens[_ONE_CHANCE.get(name, name)] < probability, strength(most, size[name]), still)
+
+    return Changes(
+        brightness=drawn("brightness", _around_one, 1.0),
+        contrast=drawn("contrast", _around_one, 1.0),
+        saturation=drawn("saturation", _around_one, 1.0) * drawn("grey", lambda most, _: 0 * most, 1.0),
+        hue=drawn("hue", lambda most, u: most * (2 * u - 1), 0.0),
+        stain=torch.stack([drawn(name, _around_one, 1.0) for name in _STAIN_NAMES], dim=1),
+        gamma=drawn("gamma", lambda most, u: most ** (2 * u - 1), 1.0),
+        inverted=size["solarise"] < 0.5,
+        blur=drawn("blur", lambda most, u: _SHARP + (most - _SHARP) * u, 0.0),
+        pixel=drawn("low_resolution", lambda most, u: 1 + (most - 1) * u, 1.0),
+        noise=drawn("noise", lambda most, u: most * u, 0.0),
+        solarise=happens["solarise"] < policies["solarise"][:, 0],
+        seed=keys,
+    )
+
+
+def _around_one(most: Tensor, u: Tensor) -> Tensor:
+    return 1 + most * (2 * u - 1)
+
+
+def apply_changes(image: Tensor, changes: Changes) -> Tensor:
+    """Change B x C x D x H x W of values in [0, 1]; the result is in [0, 1], too.
+
+    Colours change where there are three channels. The image may be written over.
+    """
+    if image.shape[1] == 3:
+        image = _on_rows(image, (changes.stain != 1).any(1), _stained, changes.stain)
+    image = _coloured(image, changes)
+    image = _on_rows(image, changes.gamma != 1, _raised, changes.gamma, changes.inverted)
+    image = _on_rows(image, changes.blur > 0, _blurred, changes.blur)
+    image = _on_rows(image, changes.pixel > 1, _coarser, changes.pixel)
+    image = _on_rows(image, changes.noise > 0, _noisy, changes.noise, changes.seed)
+    return _on_rows(image, changes.solarise, lambda x: torch.where(x < 0.5, x, 1 - x))
+
+
+def _on_rows(image: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Change some images of a batch; which is known on the CPU, so that no device is waited for."""
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
+        return image
+    given = [values[rows] for values in parameters]
+    if len(rows) == len(image):
+        return change(image, *given)
+    rows = rows.to(image.device, non_blocking=True)
+    return image.index_copy_(0, rows, change(image.index_select(0, rows), *given).to(image.dtype))
+
+
+def _like(values: Tensor, image: Tensor) -> Tensor:
+    """One number per image, on its device."""
+    return values.to(image.device, image.dtype, non_blocking=True).view(-1, *[1] * (image.ndim - 1))
+
+
+def _coloured(image: Tensor, changes: Changes) -> Tensor:
+    """Brightness, contrast, saturation and hue, all of which are one matrix and an offset."""
+    factor = changes.brightness * changes.contrast
+    plain = (changes.saturation == 1) & (changes.hue == 0)
+    if image.shape[1] != 3 or plain.all():
+        return _on_rows(image, factor != 1, _scaled, changes.brightness, changes.contrast)
+    image = _on_rows(image, (factor != 1) & plain, _scaled, changes.brightness, changes.contrast)
+    return _on_rows(image, ~plain, _mixed, changes.brightness, changes.contrast, changes.saturation, changes.hue)
+
+
+def _grey(image: Tensor) -> Tensor:
+    """Mean luminance of each image."""
+    means = image.flatten(2).mean(2)
+    return means @ _GREY.to(means) if image.shape[1] == 3 else means.mean(1)
+
+
+def _scaled(image: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    offset = _grey(image) * (brightness * (1 - contrast)).to(image.device)
+    return torch.addcmul(_like(offset, image), image, _like(brightness * contrast, image)).clamp_(0, 1)
+
+
+def _mixed(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    angle = 2 * math.pi * hue
+    turn = torch.eye(3).repeat(len(hue), 1, 1)
+    turn[:, 1, 1] = turn[:, 2, 2] = angle.cos() * saturation
+    turn[:, 1, 2], turn[:, 2, 1] = -angle.sin() * saturation, angle.sin() * saturation
+    matrix = torch.linalg.inv(_YIQ) @ turn @ _YIQ * (brightness * contrast)[:, None, None]
+    offset = (_grey(image) * (brightness * (1 - contrast)).to(image.device))[:, None, None]
+    matrix = matrix.to(image.device, image.dtype, non_blocking=True)
+    return torch.baddbmm(offset, matrix, image.flatten(2)).clamp_(0, 1).view_as(image)
+
+
+def _stained(image: Tensor, factors: Tensor) -> Tensor:
+    stains = F.normalize(_STAINS, dim=1)
+    matrix = (stains.T @ torch.diag_embed(factors) @ torch.linalg.inv(stains.T)).to(image.device, image.dtype)
+    density = -image.clamp(min=_DARKEST).log()
+    return (matrix @ density.flatten(2)).neg_().exp_().clamp_(0, 1).view_as(image)
+
+
+def _raised(image: Tensor, gamma: Tensor, inverted: Tensor) -> Tensor:
+    # x -> s x + o turns an image around where s is -1.
+    sign, offset = _like(1 - 2.0 * inverted, image), _like(inverted.float(), image)
+    return torch.addcmul(offset, torch.addcmul(offset, image, sign).clamp_(0, 1).pow_(_like(gamma, image)), sign)
+
+
+def _blurred(image: Tensor, deviation: Tensor) -> Tensor:
+    """Gaussian blur in the plane, each image by its own."""
+    reach = max(math.ceil(3 * float(deviation.max())), 1)
+    offsets = torch.arange(-reach, reach + 1.0)
+    kernel = (-0.5 * (offsets / deviation[:, None]).square()).exp()
+    kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.device, image.dtype, non_blocking=True)
+    planes = image.flatten(1, 2)
+    b, n = planes.shape[:2]
+    weight = kernel.repeat_interleave(n, 0)[:, None]
+    x = planes.reshape(1, b * n, *planes.shape[2:])
+    x = F.pad(x, [reach] * 4, mode="replicate")
+    x = F.conv2d(x, weight[..., None], groups=b * n)
+    return F.conv2d(x, weight[:, :, None], groups=b * n).view_as(image)
+
+
+def _coarser(image: Tensor, pixel: Tensor) -> Tensor:
+    """Average over wider pixels in the plane, and interpolate between them."""
+    size = image.shape[-2:]
+    rows = []
+    for row, width in zip(image, pixel.tolist(), strict=True):
+        coarse = F.interpolate(row, [max(round(n / width), 1) for n in size], mode="bilinear", antialias=True)
+        rows.append(F.interpolate(coarse, size, mode="bilinear"))
+    return torch.stack(rows)
+
+
+def _noisy(image: Tensor, deviation: Tensor, seed: Tensor) -> Tensor:
+    for row, size, number in zip(image, deviation.tolist(), seed.tolist(), strict=True):
+        noise = torch.randn(row.shape, generator=torch.Generator(image.device).manual_seed(number), device=image.device)
+        row.add_(noise, alpha=size)
+    return image.clamp_(0, 1)
