@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "barrier", "device", "finalize", "gather", "initialize", "is_main", "mean", "parallel", "rank", "total",
-    "world_size",
+    "barrier", "device", "finalize", "gather", "initialize", "is_main", "mean", "most", "parallel", "rank",
+    "total", "world_size",
 ]  # fmt: skip
 
 
@@ -70,6 +70,11 @@ def barrier() -> None:
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over all processes, on each of them."""
     return idist.all_reduce(value.clone(), "SUM") / world_size()
+
+
+def most(x: Tensor) -> Tensor:
+    """The largest value over all processes, element by element, on each of them."""
+    return x if world_size() == 1 else idist.all_reduce(x.clone(), "MAX")
 
 
 def gather(x: Tensor) -> Tensor:

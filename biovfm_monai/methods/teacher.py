@@ -21,7 +21,7 @@ class Teacher(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.network = copy.deepcopy(student).requires_grad_(False).eval()
+        self.network: Any = copy.deepcopy(student).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002 - drop-path never applies here
         """Stay in evaluation mode."""

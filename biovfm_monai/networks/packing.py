@@ -9,7 +9,7 @@ from torch import Tensor
 
 from biovfm_monai.networks.vit import ViT
 
-__all__ = ["encode_packed"]
+__all__ = ["encode_packed", "encode_together"]
 
 
 def encode_packed(
@@ -35,6 +35,11 @@ def encode_packed(
     for number, image in enumerate(images):
         degree = None if anisotropy is None else anisotropy[number]
         parts.append(encoder.embed(encoder.patchify(image, degree, None if spacing is None else spacing[number])))
+    return encode_together(encoder, parts)
+
+
+def encode_together(encoder: ViT, parts: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """As `encode_packed`, for tokens and their rotary angles as from `ViT.embed`."""
     lengths = [x.shape[1] for x, _ in parts for _ in range(x.shape[0])]
     angles = [turn.expand(x.shape[0], -1, -1).flatten(0, 1) for x, turn in parts if turn is not None]
     packed = torch.cat([x.flatten(0, 1) for x, _ in parts])[None]

@@ -2,10 +2,22 @@
 
 import torch
 
-from biovfm_monai.methods import MAE
+from biovfm_monai.methods import MAE, DINOv2
 from biovfm_monai.networks import ViT
 
-METHODS = {"MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)}
+SMALL_HEAD = {
+    "prototypes": 12,
+    "hidden_dim": 24,
+    "bottleneck_dim": 8,
+    "mask_probability": 1.0,
+    "freeze_last_layer": 0.0,
+}
+METHODS = {
+    "MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3),
+    "DINOv2": lambda encoder: DINOv2(encoder, **SMALL_HEAD),
+    "DINOv2, centred, two heads": lambda encoder: DINOv2(encoder, **SMALL_HEAD, separate_heads=True, centering="mean"),
+    "DINOv2, queue": lambda encoder: DINOv2(encoder, **SMALL_HEAD, queue=20),
+}
 SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
 
 
