@@ -1,0 +1,237 @@
+"""DINOv2's losses against slow implementations of the papers' formulas, and what its teacher does."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biovfm_monai.errors import InputError
+from biovfm_monai.losses.dino import koleo, sinkhorn, soft_cross_entropy
+from biovfm_monai.methods import DINOv2
+from biovfm_monai.methods.teacher import Teacher, rising
+from biovfm_monai.networks import ViT
+
+
+def vit(size=(32, 32), **options):
+    return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3, **options)
+
+
+def dino(**options):
+    torch.manual_seed(0)
+    return DINOv2(vit(), **{"prototypes": 12, "hidden_dim": 24, "bottleneck_dim": 8, **options})
+
+
+def crops(b=3, local=2):
+    torch.manual_seed(1)
+    batch = {"global_crops": torch.randn(2, b, 1, 32, 32), "key": torch.arange(b)}
+    return batch | ({"local_crops": torch.randn(local, b, 1, 16, 16)} if local else {})
+
+
+# Sinkhorn
+
+
+def slow_sinkhorn(scores, temperature, iterations):
+    q = np.exp(scores / temperature).T  # prototypes x images
+    q /= q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdims=True) / len(q)
+        q = q / q.sum(0, keepdims=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(0, 2**31), st.integers(2, 9), st.integers(2, 11), st.integers(1, 5), st.sampled_from([0.04, 0.07, 1])
+)
+def test_sinkhorn_is_that_of_the_paper(seed, n, k, iterations, temperature):
+    scores = np.random.default_rng(seed).uniform(-1, 1, (n, k))
+    found = sinkhorn(torch.tensor(scores, dtype=torch.float32), temperature, iterations)
+    np.testing.assert_allclose(found, slow_sinkhorn(scores, temperature, iterations), rtol=2e-4, atol=1e-6)
+
+
+def test_sinkhorn_uses_each_prototype_as_much_once_it_has_converged():
+    shares = sinkhorn(torch.randn(60, 6) * 3, 1.0, 200)
+    torch.testing.assert_close(shares.sum(0), torch.full((6,), 10.0), rtol=1e-3, atol=1e-3)
+
+
+def test_sinkhorn_stands_large_scores_and_half_precision():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert sinkhorn((torch.randn(5, 7) * 1000).to(dtype), 0.04).isfinite().all()
+
+
+# Spreading out
+
+
+def test_koleo_is_minus_the_mean_logarithm_of_the_distance_to_the_nearest_neighbour():
+    x = torch.randn(7, 5, requires_grad=True)
+    unit = (x / x.norm(dim=1, keepdim=True)).detach().numpy()
+    logs = [math.log(min(np.linalg.norm(a - b) for j, b in enumerate(unit) if i != j)) for i, a in enumerate(unit)]
+    loss = koleo(x)
+    assert loss.item() == pytest.approx(-np.mean(logs), rel=1e-5)
+    assert torch.autograd.gradcheck(koleo, x.detach().double().requires_grad_(), eps=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("rows", [torch.ones(4, 5), torch.zeros(3, 5), torch.randn(1, 5)])
+def test_koleo_stands_equal_rows_and_one_alone(rows):
+    rows.requires_grad_()
+    loss = koleo(rows)
+    loss.backward()
+    assert loss.isfinite()
+    assert rows.grad.isfinite().all()
+
+
+# The losses of views and of patches
+
+
+def slow_losses(method, batch):
+    """Both losses, one view, image and patch after the other."""
+    teacher, head = method.teacher.network["encoder"], method.teacher.network["head"]
+    large, small = batch["global_crops"], batch["local_crops"]
+    views, b = large.shape[:2]
+    with torch.no_grad():
+        taught = [[teacher(large[v, i][None])[0] for i in range(b)] for v in range(views)]
+        scores = torch.stack([head(taught[v][i][:1])[0] for v in range(views) for i in range(b)])
+        shares = sinkhorn(scores, 0.04).unflatten(0, (views, b))
+        patches = method.encoder.patchify(large.flatten(0, 1))
+        hidden = method._hidden(batch, views, patches).unflatten(0, (views, b))
+        picked = [(v, i, p) for v in range(views) for i in range(b) for p in range(16) if hidden[v, i, p]]
+        targets = sinkhorn(torch.stack([head(taught[v][i][1 + p][None])[0] for v, i, p in picked]), 0.04)
+        seen = {}
+        for v in range(views):
+            for i in range(b):
+                pieces = method.encoder.patchify(large[v, i][None])
+                voxels = pieces.voxels.clone()
+                voxels[0, hidden[v, i]] = 0
+                x, _ = method.encoder.embed(pieces._replace(voxels=voxels))
+                x[0, 1:][hidden[v, i]] += method.mask_token
+                seen[v, i] = method.encoder.encode(x)[0][0]
+        views_seen = [[seen[v, i][0] for i in range(b)] for v in range(views)]
+        views_seen += [[method.encoder(one[i][None])[0, 0] for i in range(b)] for one in small]
+
+        def entropy(share, token):
+            return -(share * (method.head(token[None])[0] / 0.1).log_softmax(0)).sum().item()
+
+        pairs = [(t, s) for t in range(views) for s in range(len(views_seen)) if t != s]
+        of_views = np.mean([entropy(shares[t, i], views_seen[s][i]) for t, s in pairs for i in range(b)])
+        of_patches = {}
+        for (v, i, p), target in zip(picked, targets, strict=True):
+            of_patches.setdefault((v, i), []).append(entropy(target, seen[v, i][1 + p]))
+        return of_views, np.mean([np.mean(values) for values in of_patches.values()])
+
+
+def test_the_losses_are_those_of_one_view_and_patch_after_the_other():
+    method, batch = dino(), crops()
+    with torch.no_grad():
+        method.mask_token.normal_()
+    found = method(batch)
+    of_views, of_patches = slow_losses(method, batch)
+    assert found["dino"].item() == pytest.approx(of_views, rel=1e-4)
+    assert found["ibot"].item() == pytest.approx(of_patches, rel=1e-4)
+    total = found["dino"] + found["ibot"] + 0.1 * found["koleo"]
+    torch.testing.assert_close(found["loss"], total)
+
+
+def test_the_soft_cross_entropy_of_a_student_that_agrees_is_the_entropy():
+    shares = torch.randn(4, 6).softmax(1)
+    entropy = -(shares * shares.log()).sum(1)
+    torch.testing.assert_close(soft_cross_entropy(shares, 0.1 * shares.log(), 0.1), entropy)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_as_many_patches_of_as_many_views_are_hidden_as_stated(probability):
+    method = dino(mask_probability=probability, mask_ratio=(0.25, 0.5))
+    batch = crops(b=300, local=0)
+    count = method._hidden(batch, 2, method.encoder.patchify(batch["global_crops"].flatten(0, 1))).sum(1)
+    assert (count > 0).float().mean().item() == pytest.approx(probability, abs=0.06)
+    assert set(count.tolist()) <= {0, 4, 5, 6, 7}
+
+
+# The teacher
+
+
+def test_the_teacher_is_exactly_the_moving_average_and_gets_no_gradient():
+    method = dino(momentum=0.9)
+    before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
+    with torch.no_grad():
+        for p in method.encoder.parameters():
+            p.add_(torch.randn_like(p))
+    method(crops())["loss"].backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    method.after_step(0.5)
+    keep = rising(0.9, 1.0, 0.5)
+    assert keep == pytest.approx(0.95)
+    student = method.encoder.state_dict()
+    for name, value in method.teacher.network["encoder"].state_dict().items():
+        torch.testing.assert_close(value, keep * before[f"encoder.{name}"] + (1 - keep) * student[name])
+
+
+def test_a_teacher_leaves_no_branch_out():
+    teacher = Teacher(vit(drop_path_rate=0.9))
+    teacher.train()
+    image = torch.randn(2, 1, 32, 32)
+    assert torch.equal(teacher(image), teacher(image))
+
+
+def test_the_teachers_temperature_rises_and_the_prototypes_stay_at_first():
+    method = dino(freeze_last_layer=0.1)
+    temperatures = []
+    for progress in (0.0, 0.15, 0.3, 0.9):
+        method.progress.fill_(progress)
+        temperatures.append(float(method._temperature()))
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    moved = []
+    for progress in (0.0, 0.2):
+        method.zero_grad()
+        method.progress.fill_(progress)
+        method(crops())["loss"].backward()
+        moved.append(bool(method.head.prototypes.grad.any()))
+    assert moved == [False, True]
+
+
+def test_the_center_is_the_moving_mean_of_the_teachers_scores():
+    method, batch = dino(centering="mean"), crops(local=0)
+    with torch.no_grad():
+        scores = method.teacher.network["head"](
+            method._teach(method.encoder.patchify(batch["global_crops"].flatten(0, 1)))[:, 0]
+        )
+    method(batch)
+    torch.testing.assert_close(method.centers[0], 0.1 * scores.mean(0))
+
+
+def test_a_queue_holds_the_newest_class_tokens():
+    method = dino(queue=8)
+    old = method.queue.clone()
+    method(crops(b=3, local=0))
+    torch.testing.assert_close(method.queue[6:], old[:2])
+    torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(8))
+    method.eval()
+    kept = method.queue.clone()
+    method(crops(b=3, local=0))
+    assert torch.equal(method.queue, kept)
+
+
+def test_the_teachers_encoder_is_the_one_to_keep():
+    method = dino()
+    assert method.trained is method.teacher.network["encoder"]
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dino(prototypes=1), r"prototypes 1 must be 2 or more"),
+        (lambda: dino(centering="none"), r"centering 'none' must be 'sinkhorn' or 'mean'"),
+        (lambda: DINOv2(vit(class_token=False)), r"has none\. Build it with class_token=True"),
+        (lambda: dino()({"image": torch.zeros(2, 1, 32, 32)}), r'needs "global_crops"\. Make views with .*MultiCrop'),
+        (lambda: dino()({"global_crops": torch.zeros(1, 2, 1, 32, 32)}), r"there is one\. Give MultiCrop two"),
+        (lambda: dino()(crops() | {"local_crops": torch.zeros(2, 3, 1, 12, 12)}), r"must be a multiple of the patch"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
