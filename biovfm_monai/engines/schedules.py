@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 __all__ = ["WarmupCosine", "parameter_groups"]
+
+_BLOCK = re.compile(r"(?:^|\.)encoder\.blocks\.(\d+)\.")
+_BEFORE = re.compile(r"(?:^|\.)encoder\.(?:patch_embed|cls_token|reg_token|pos_embed|cls_pos)\b")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,28 @@ class WarmupCosine:
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * turn))
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, and vectors (biases, norms) and tokens, which do not decay."""
+def parameter_groups(
+    module: nn.Module, layer_decay: float = 1.0, patch_embed_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices, and vectors (biases, norms) and tokens, which do not decay.
+
+    Args:
+        module: a method, or its parallel wrapper.
+        layer_decay: the learning rate of each of the encoder's blocks, as a share of that of the one after it
+            (https://arxiv.org/abs/2106.08254); what comes before the first block has once more that share.
+        patch_embed_scale: factor of the patch embedding's learning rate.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    free = [p for name, p in named if p.ndim < 2 or name.endswith(("bias", "token", "pos_embed", "cls_pos"))]
-    ids = {id(p) for p in free}
-    return [
-        {"params": [p for _, p in named if id(p) not in ids]},
-        {"params": free, "weight_decay": 0.0, "weight_decay_scale": 0.0},
-    ]
+    depth = 1 + max((int(match[1]) for name, _ in named if (match := _BLOCK.search(name))), default=-1)
+    for name, p in named:
+        free = p.ndim < 2 or name.endswith(("bias", "token", "pos_embed", "cls_pos"))
+        block = _BLOCK.search(name)
+        layer = int(block[1]) + 1 if block else 0 if _BEFORE.search(name) else depth + 1
+        scale = layer_decay ** (depth + 1 - layer) * (patch_embed_scale if ".patch_embed." in name else 1.0)
+        groups.setdefault((free, scale), []).append(p)
+    made: list[dict[str, Any]] = []
+    for (free, scale), parameters in sorted(groups.items(), key=lambda group: group[0][0]):
+        decay = {"weight_decay": 0.0, "weight_decay_scale": 0.0} if free else {}
+        made.append({"params": parameters, **decay, **({"lr_scale": scale} if scale != 1 else {})})
+    return made

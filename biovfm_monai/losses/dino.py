@@ -13,6 +13,8 @@ from biovfm_monai import distributed
 
 __all__ = ["koleo", "sinkhorn", "soft_cross_entropy"]
 
+_LEAST = 1e-30
+
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -> Tensor:
@@ -26,24 +28,23 @@ def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -
     Returns:
         N x K, each row with a sum of 1; N may differ between processes, and be 0.
     """
-    # In logarithms nothing overflows.
-    log = scores.float() / temperature
+    scaled = scores.float() / temperature
+    # No row overflows, and all of them are weighed as if the largest score of all had been taken out.
+    most = scaled.amax(dim=1)
+    shares = scaled.sub_(most[:, None]).exp_()
+    largest = distributed.most(most.amax() if len(most) else scaled.new_tensor(-torch.inf))
+    of_rows = (most - largest).exp()
     for _ in range(iterations):
-        log = log - _log_total(log)
-        log = log.log_softmax(dim=1)
-    return log.exp()
-
-
-def _log_total(log: Tensor) -> Tensor:
-    """The logarithm of the sum of exponentials of the rows of all processes, per column; of no row, zero."""
-    most = log.amax(0) if len(log) else log.new_full(log.shape[1:], -torch.inf)
-    most = distributed.most(most)
-    return distributed.total((log - most).exp().sum(0)).log() + most
+        of_columns = 1 / distributed.total(of_rows @ shares).clamp(min=_LEAST)
+        of_columns /= of_columns.mean()
+        of_rows = 1 / (shares @ of_columns).clamp(min=_LEAST)
+    return shares.mul_(of_columns).mul_(of_rows[:, None])
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of each row's student scores, divided by a temperature, under the teacher's shares: N x K to N."""
-    return -(teacher * (student.float() / temperature).log_softmax(dim=1)).sum(1)
+    scaled = student.float() / temperature
+    return teacher.sum(1) * scaled.logsumexp(1) - (teacher * scaled).sum(1)
 
 
 def koleo(embedding: Tensor, eps: float = 1e-4) -> Tensor:

@@ -208,9 +208,9 @@ class DINOv2(SSLMethod):
         parts = [soft_cross_entropy(every - shares[n], scores[n], self.student_temp).mean() for n in range(views)]
         pairs = views * (views - 1)
         if small is not None:
-            log = (self.head(small, free) / self.student_temp).log_softmax(dim=1).unflatten(0, (-1, b))
-            parts.append(-(every * log.sum(0)).sum(1).mean())
-            pairs += views * len(log)
+            scores = self.head(small, free)
+            parts.append(soft_cross_entropy(every.repeat(len(small) // b, 1), scores, self.student_temp).sum() / b)
+            pairs += views * (len(small) // b)
         return torch.stack(parts).sum() / pairs
 
     def _ibot(self, taught: Tensor, large: Tensor, hidden: Tensor) -> Tensor:

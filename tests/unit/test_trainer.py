@@ -363,3 +363,31 @@ def test_the_picture_shows_image_mask_and_prediction_of_each_modality(tmp_path):
         assert (masked[~hidden] == image[~hidden]).all()
         assert (filled[~hidden] == image[~hidden]).all()
         assert (filled[hidden] != 128).mean() > 0.9
+
+
+def test_earlier_blocks_learn_more_slowly_by_the_stated_share():
+    method = MAE(
+        ViT(1, (16, 16), 8, embed_dim=24, depth=3, num_heads=3), decoder_embed_dim=24, decoder_depth=1,
+        decoder_num_heads=3,
+    )  # fmt: skip
+    scales = {
+        id(p): group.get("lr_scale", 1.0)
+        for group in parameter_groups(method, layer_decay=0.5, patch_embed_scale=0.2)
+        for p in group["params"]
+    }
+    assert len(scales) == len([*method.parameters()])
+    encoder = method.encoder
+    expected = {
+        encoder.patch_embed.weight: 0.2 * 0.5**4, encoder.cls_token: 0.5**4, encoder.blocks[0].norm1.weight: 0.5**3,
+        encoder.blocks[1].mlp.fc1.weight: 0.25, encoder.blocks[2].attn.qkv.bias: 0.5, encoder.norm.weight: 1.0,
+        method.decoder_pred.weight: 1.0, method.decoder_blocks[0].mlp.fc1.weight: 1.0,
+    }  # fmt: skip
+    assert {name: scales[id(p)] for name, p in enumerate(expected)} == dict(enumerate(expected.values()))
+    free = [
+        p
+        for group in parameter_groups(method, layer_decay=0.5)
+        if group.get("weight_decay") == 0
+        for p in group["params"]
+    ]
+    assert {id(p) for p in free} >= {id(encoder.cls_token), id(encoder.norm.weight)}
+    assert id(encoder.patch_embed.weight) not in {id(p) for p in free}
