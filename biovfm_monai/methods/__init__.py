@@ -1,6 +1,10 @@
 """Self-supervised methods: networks that return their own loss."""
 
 from biovfm_monai.methods.base import SSLMethod
+from biovfm_monai.methods.ijepa import IJEPA
+from biovfm_monai.methods.lejepa import LeJEPA
 from biovfm_monai.methods.mae import MAE
+from biovfm_monai.methods.moco_v3 import MoCoV3
+from biovfm_monai.methods.simmim import SimMIM
 
-__all__ = ["MAE", "SSLMethod"]
+__all__ = ["IJEPA", "MAE", "LeJEPA", "MoCoV3", "SSLMethod", "SimMIM"]

@@ -2,10 +2,16 @@
 
 import torch
 
-from biovfm_monai.methods import MAE
+from biovfm_monai.methods import IJEPA, MAE, LeJEPA, MoCoV3, SimMIM
 from biovfm_monai.networks import ViT
 
-METHODS = {"MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)}
+METHODS = {
+    "MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3),
+    "SimMIM": lambda encoder: SimMIM(encoder, mask_ratio=0.25, mask_size=16),
+    "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
+    "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),
+    "LeJEPA": lambda encoder: LeJEPA(encoder, projector_dims=(32, 32, 8), num_slices=64),
+}
 SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
 
 
