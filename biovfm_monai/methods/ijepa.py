@@ -33,6 +33,9 @@ class IJEPA(SSLMethod):
         target_scale, target_aspect: range of a target block's share of the tokens, and of its height over width.
         context_scale: range of the context block's share, targets still in it.
         momentum: share of the teacher that a step keeps at first; it rises to 1 in a straight line.
+
+    Raises:
+        ValueError: when predictor_num_heads does not divide predictor_embed_dim.
     """
 
     def __init__(

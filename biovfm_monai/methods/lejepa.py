@@ -45,8 +45,8 @@ class LeJEPA(SSLMethod):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss of batch["global_crops"] and, if there, batch["local_crops"], and its two terms.
 
-        "invariance" is the mean squared distance, per number, of all views to the mean of the global ones; "sigreg"
-        the mean over views.
+        "invariance" is the mean squared distance of all views to the mean of the global ones, per number as in the
+        paper's listing; "sigreg" the mean of the views'.
 
         Raises:
             InputError: when an image has a single view.

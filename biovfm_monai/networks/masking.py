@@ -83,7 +83,7 @@ def block_mask(
     Args:
         keys: of the images' random numbers, as `uniform` takes them.
         grid_size: tokens along depth, height and width; a box spans as much of the depth as of the plane.
-        count: tokens to hide, 0 to all; one number, or one per image.
+        count: tokens to hide, 0 to all; one number, or a tensor of one per image on the keys' device.
         num_blocks: boxes per image.
         max_aspect: largest ratio of a box's height to its width, and of its width to its height.
 

@@ -388,6 +388,30 @@ def test_lejepa_looks_along_other_directions_in_each_step_and_goes_on_from_a_sta
     assert first != second == other(batch)["sigreg"]
 
 
+# All of them
+
+ALL = [moco, lejepa, ijepa, lambda network: SimMIM(network, mask_size=16)]
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize(
+    "options",
+    [{"rope": "normalised", "pos_embed": "none"}, {"pos_embed": "learn", "reg_tokens": 2}, {"class_token": False}],
+)
+def test_encoders_of_other_kinds_are_trained(make, options):
+    network = ViT(1, (32, 32), 8, embed_dim=24, depth=2, num_heads=2, **options)
+    make(network)({"image": torch.randn(4, 1, 32, 32), "global_crops": crops()})["loss"].backward()
+    assert [
+        n for n, p in network.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())
+    ] == []
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_state_is_tensors_alone(make):
+    """So that it can be written as safetensors."""
+    assert all(isinstance(value, torch.Tensor) for value in make(encoder()).state_dict().values())
+
+
 # Mistakes
 
 
