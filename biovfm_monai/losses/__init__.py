@@ -1,1 +1,6 @@
 """Losses: tensors to scalars, over the rows of all processes."""
+
+from biovfm_monai.losses.contrastive import info_nce
+from biovfm_monai.losses.sigreg import sigreg
+
+__all__ = ["info_nce", "sigreg"]

@@ -2,6 +2,10 @@
 
 from biovfm_monai.methods.base import SSLMethod
 from biovfm_monai.methods.dinov2 import DINOv2
+from biovfm_monai.methods.ijepa import IJEPA
+from biovfm_monai.methods.lejepa import LeJEPA
 from biovfm_monai.methods.mae import MAE
+from biovfm_monai.methods.moco_v3 import MoCoV3
+from biovfm_monai.methods.simmim import SimMIM
 
-__all__ = ["MAE", "DINOv2", "SSLMethod"]
+__all__ = ["IJEPA", "MAE", "DINOv2", "LeJEPA", "MoCoV3", "SSLMethod", "SimMIM"]

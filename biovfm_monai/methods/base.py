@@ -13,7 +13,9 @@ from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import ViT
 
-__all__ = ["SSLMethod", "degree_of_batch", "keys_of_batch"]
+__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch"]
+
+_VIEWS = {"image": "RandomResizedCrop", "global_crops": "MultiCrop", "local_crops": "MultiCrop"}
 
 
 class SSLMethod(nn.Module, ABC):
@@ -51,6 +53,17 @@ def degree_of_batch(batch: Mapping[str, Any]) -> int | None:
     if len(degrees) > 1:
         raise InputError(f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch.")
     return int(degrees[0]) if degrees else None
+
+
+def images_of_batch(batch: Mapping[str, Any], name: str) -> Tensor:
+    """The images or crops that a batch has under a name.
+
+    Raises:
+        InputError: when it has none, naming the view that makes them.
+    """
+    if name not in batch:
+        raise InputError(f'the batch has no "{name}". Let biovfm_monai.data.{_VIEWS[name]} make its views.')
+    return batch[name]
 
 
 def keys_of_batch(batch: Mapping[str, Any], count: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from biovfm_monai import distributed
 from biovfm_monai.draws import forked, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses.dino import koleo, sinkhorn, soft_cross_entropy
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.prototype_head import PrototypeHead
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import Patches, ViT, encode_together
@@ -121,9 +121,7 @@ class DINOv2(SSLMethod):
         Raises:
             InputError: when there are no two views to compare.
         """
-        crops = batch.get("global_crops")
-        if crops is None:
-            raise InputError('DINOv2 needs "global_crops". Make views with biovfm_monai.data.MultiCrop.')
+        crops = images_of_batch(batch, "global_crops")
         views, b = crops.shape[:2]
         local = batch.get("local_crops")
         if views < 2 and local is None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
+from biovfm_monai.networks.patch_embed import predict_patches
 
 __all__ = ["MAE"]
 
@@ -110,14 +111,8 @@ class MAE(SSLMethod):
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_norm(x[:, -hidden.shape[1] :])
-        depth, full = self.encoder.patch_embed.stride(patches.anisotropy)[0], self.encoder.patch_embed.patch_size[0]
-        if depth == full:
-            return self.decoder_pred(x)
-        weight, bias = (
-            t.unflatten(0, (depth, full // depth, -1)).mean(1).flatten(0, 1)
-            for t in (self.decoder_pred.weight, self.decoder_pred.bias)
-        )
-        return F.linear(x, weight, bias)
+        depth = self.encoder.patch_embed.stride(patches.anisotropy)[0]
+        return predict_patches(x, self.decoder_pred, depth, self.encoder.patch_embed.patch_size[0])
 
 
 def _normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

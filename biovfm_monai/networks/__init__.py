@@ -11,7 +11,7 @@ from biovfm_monai.networks.adaptive import (
 )
 from biovfm_monai.networks.blocks import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
 from biovfm_monai.networks.heads import Embedder
-from biovfm_monai.networks.masking import random_mask, take_tokens
+from biovfm_monai.networks.masking import block_mask, random_mask, take_tokens
 from biovfm_monai.networks.packing import encode_packed, encode_together
 from biovfm_monai.networks.patch_embed import PatchEmbed, Patches, patchify, unpatchify
 from biovfm_monai.networks.positions import interpolate_grid, rotary_angles, rotate, sincos_positions
@@ -31,7 +31,7 @@ from biovfm_monai.networks.vit import ViT
 
 __all__ = [
     "AdaptiveConv3d", "AdaptiveConvTranspose3d", "Attention", "Block", "DropPath", "Embedder", "LayerScale", "Mlp",
-    "PatchEmbed", "Patches", "SwiGLU", "ViT", "adaptive_downsample", "adaptive_upsample", "anisotropy_of",
+    "PatchEmbed", "Patches", "SwiGLU", "ViT", "adaptive_downsample", "adaptive_upsample", "anisotropy_of", "block_mask",
     "draw_anisotropy", "encode_packed", "encode_together", "halved", "interpolate_grid", "patchify", "pending",
     "random_mask",
     "rotary_angles", "rotate", "sincos_positions", "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large",

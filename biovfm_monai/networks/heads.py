@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 from biovfm_monai.networks.vit import ViT
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "pool"]
+
+
+def pool(tokens: Tensor, global_pool: str, num_prefix_tokens: int) -> Tensor:
+    """One vector per image, B x embed_dim, of its B x (prefix + L) x embed_dim tokens, as `ViT`'s global_pool says."""
+    if global_pool == "token":
+        return tokens[:, 0]
+    patches = tokens[:, num_prefix_tokens:]
+    return patches.mean(1) if global_pool == "avg" else patches.amax(1)
 
 
 class Embedder(nn.Module):
@@ -28,10 +36,6 @@ class Embedder(nn.Module):
         if self.encoder.spatial_dims == 2 and image.ndim == 5:
             slices = image.shape[2]
             image = image.transpose(1, 2).flatten(0, 1)
-        return self._pool(self.encoder(image, anisotropy, spacing=spacing)).unflatten(0, (-1, slices)).mean(1)
-
-    def _pool(self, tokens: Tensor) -> Tensor:
-        if self.encoder.global_pool == "token":
-            return tokens[:, 0]
-        patches = tokens[:, self.encoder.num_prefix_tokens :]
-        return patches.mean(1) if self.encoder.global_pool == "avg" else patches.amax(1)
+        tokens = self.encoder(image, anisotropy, spacing=spacing)
+        pooled = pool(tokens, self.encoder.global_pool, self.encoder.num_prefix_tokens)
+        return pooled.unflatten(0, (-1, slices)).mean(1)

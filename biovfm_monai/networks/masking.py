@@ -42,7 +42,7 @@ def random_mask(keys: Tensor, num_tokens: int, mask_ratio: float) -> tuple[Tenso
 
 def cube_mask(
     keys: Tensor, grid_size: tuple[int, int, int], cube_size: tuple[int, int, int], mask_ratio: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Hide cubes of a lattice, drawn for each image on its own.
 
     Args:
@@ -52,7 +52,7 @@ def cube_mask(
         mask_ratio: share of cubes that is hidden, as in `random_mask`.
 
     Returns:
-        B x L, True where a token is hidden; the same number for each image.
+        mask (B x L, True where a token is hidden) and hidden (B x hidden, the numbers of those tokens, ascending).
 
     Raises:
         InputError: when the cubes do not fill the grid, or it has fewer than two of them.
@@ -63,11 +63,13 @@ def cube_mask(
             f"a grid of {grid_size} tokens must be two or more blocks of {cube_size}. Give the method a smaller "
             "mask_size, or larger images."
         )
-    _, hidden = random_mask(keys, math.prod(lattice), mask_ratio)
-    mask = _marked(hidden, math.prod(lattice)).view(-1, *lattice)
+    _, cubes = random_mask(keys, math.prod(lattice), mask_ratio)
+    mask = _marked(cubes, math.prod(lattice)).view(-1, *lattice)
     for axis, size in enumerate(cube_size):
         mask = mask.repeat_interleave(size, dim=axis + 1)
-    return mask.flatten(1)
+    mask = mask.flatten(1)
+    hidden = mask.int().argsort(dim=1, descending=True, stable=True)[:, : cubes.shape[1] * math.prod(cube_size)]
+    return mask, hidden
 
 
 def block_mask(
@@ -81,7 +83,7 @@ def block_mask(
     Args:
         keys: of the images' random numbers, as `uniform` takes them.
         grid_size: tokens along depth, height and width; a box spans as much of the depth as of the plane.
-        count: tokens to hide, 0 to all; one number, or one per image.
+        count: tokens to hide, 0 to all; one number, or a tensor of one per image on the keys' device.
         num_blocks: boxes per image.
         max_aspect: largest ratio of a box's height to its width, and of its width to its height.
 

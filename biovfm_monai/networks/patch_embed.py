@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PatchEmbed", "Patches", "patchify", "unpatchify"]
+__all__ = ["PatchEmbed", "Patches", "patchify", "predict_patches", "unpatchify"]
 
 
 def patchify(image: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
@@ -85,3 +85,21 @@ class PatchEmbed(nn.Module):
         if depth != self.patch_size[0]:
             weight = weight.unflatten(1, (depth, self.patch_size[0] // depth, -1)).sum(2).flatten(1)
         return F.linear(patches, weight, self.bias)
+
+
+def predict_patches(tokens: Tensor, head: nn.Linear, depth: int, full_depth: int) -> Tensor:
+    """Patches predicted from tokens by a head for full ones, averaged over the voxels that a thick slice stands for.
+
+    Args:
+        tokens: B x N x width.
+        head: to (full_depth * height * width * C) numbers, in the order of `patchify`.
+        depth: slices of the patches to predict, `PatchEmbed.stride(anisotropy)[0]`; divides full_depth.
+        full_depth: slices of a patch of an isotropic volume.
+
+    Returns:
+        B x N x (depth * height * width * C).
+    """
+    weight, bias = head.weight, head.bias
+    if depth != full_depth:
+        weight, bias = (t.unflatten(0, (depth, full_depth // depth, -1)).mean(1).flatten(0, 1) for t in (weight, bias))
+    return F.linear(tokens, weight, bias)

@@ -2,7 +2,7 @@
 
 import torch
 
-from biovfm_monai.methods import MAE, DINOv2
+from biovfm_monai.methods import IJEPA, MAE, DINOv2, LeJEPA, MoCoV3, SimMIM
 from biovfm_monai.networks import ViT
 
 SMALL_HEAD = {
@@ -17,6 +17,10 @@ METHODS = {
     "DINOv2": lambda encoder: DINOv2(encoder, **SMALL_HEAD),
     "DINOv2, centred, two heads": lambda encoder: DINOv2(encoder, **SMALL_HEAD, separate_heads=True, centering="mean"),
     "DINOv2, queue": lambda encoder: DINOv2(encoder, **SMALL_HEAD, queue=20),
+    "SimMIM": lambda encoder: SimMIM(encoder, mask_ratio=0.25, mask_size=16),
+    "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
+    "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),
+    "LeJEPA": lambda encoder: LeJEPA(encoder, projector_dims=(32, 32, 8), num_slices=64),
 }
 SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
 

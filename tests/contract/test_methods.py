@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -134,9 +135,15 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         assert run.returncode == 0, errors
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, len(launcher)))
     assert one.keys() == two.keys()
+    largest = defaultdict(float)
+    for name, expected in one.items():
+        step = name.rsplit(" ", 1)[0]
+        largest[step] = max(largest[step], float(expected.abs().max()))
     wrong = []
     for name, expected in one.items():
-        gap = (two[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        # What batch norm takes out again, such as the offset of the norm before, has rounding errors for a gradient.
+        scale = max(float(expected.abs().max()), 1e-3 * largest[name.rsplit(" ", 1)[0]])
+        gap = float((two[name] - expected).abs().max()) / scale
         if gap > 1e-3:
-            wrong.append((name, float(gap)))
+            wrong.append((name, gap))
     assert wrong == []

@@ -227,7 +227,7 @@ def test_the_teachers_encoder_is_the_one_to_keep():
         (lambda: dino(prototypes=1), r"prototypes 1 must be 2 or more"),
         (lambda: dino(centering="none"), r"centering 'none' must be 'sinkhorn' or 'mean'"),
         (lambda: DINOv2(vit(class_token=False)), r"has none\. Build it with class_token=True"),
-        (lambda: dino()({"image": torch.zeros(2, 1, 32, 32)}), r'needs "global_crops"\. Make views with .*MultiCrop'),
+        (lambda: dino()({"image": torch.zeros(2, 1, 32, 32)}), r'has no "global_crops"\. Let .*MultiCrop'),
         (lambda: dino()({"global_crops": torch.zeros(1, 2, 1, 32, 32)}), r"there is one\. Give MultiCrop two"),
         (lambda: dino()(crops() | {"local_crops": torch.zeros(2, 3, 1, 12, 12)}), r"must be a multiple of the patch"),
     ],
