@@ -10,6 +10,8 @@ from torch import nn
 
 __all__ = ["WarmupCosine", "parameter_groups"]
 
+_FREE = ("bias", "token", "pos_embed", "cls_pos", "codebook")
+
 
 @dataclass(frozen=True)
 class WarmupCosine:
@@ -36,7 +38,7 @@ class WarmupCosine:
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, and vectors (biases, norms) and tokens, which do not decay."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    free = [p for name, p in named if p.ndim < 2 or name.endswith(("bias", "token", "pos_embed", "cls_pos"))]
+    free = [p for name, p in named if p.ndim < 2 or name.endswith(_FREE)]
     ids = {id(p) for p in free}
     return [
         {"params": [p for _, p in named if id(p) not in ids]},

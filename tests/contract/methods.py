@@ -2,15 +2,33 @@
 
 import torch
 
-from biovfm_monai.methods import MAE
-from biovfm_monai.networks import ViT
+from biovfm_monai.methods import MAE, MaskedTokenModeling, SPADTokenizer
+from biovfm_monai.networks import EncoderFeatures, PatchDiscriminator, SoftTokenizer, ViT
 
-METHODS = {"MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)}
+METHODS = {
+    "MAE": lambda encoder: MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3),
+    "MaskedTokenModeling": lambda encoder: MaskedTokenModeling(encoder, tokenizer(sureness=10), mask_layer=1),
+    "SPADTokenizer": lambda encoder: SPADTokenizer(tokenizer(), discriminator(), EncoderFeatures(encoder)),
+}
 SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
 
 
 def encoder(size):
     return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3)
+
+
+def tokenizer(sureness=1):
+    """A tokenizer of patches of 8; the surer it is of its tokens, the more there is to learn of them."""
+    made = SoftTokenizer(1, widths=(8, 16), strides=(4, 2), num_codes=16, norm_groups=4)
+    made.logits.weight.data.mul_(sureness)
+    return made
+
+
+def discriminator():
+    """A discriminator whose logits leave the hinge's margin, inside which its last bias has no gradient."""
+    made = PatchDiscriminator(1, (8, 16), norm_groups=4)
+    made.head.weight.data.mul_(4)
+    return made
 
 
 def batch(size, n=4):
