@@ -213,13 +213,12 @@ class ViT(nn.Module):
         turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
         tapped: list[Tensor] = []
         for number, block in enumerate(self.blocks):
-            if number < start or (stop is not None and number >= stop):
-                continue
+            runs = number >= start and (stop is None or number < stop)
             if torch.jit.is_scripting() or not (self.grad_checkpointing and self.training):
-                x = block(x, turn, lengths)
-            else:
+                x = block(x, turn, lengths) if runs else x
+            elif runs:
                 x = checkpoint(block, x, turn, lengths, use_reentrant=False)
-            if taps is not None and number in taps:
+            if runs and taps is not None and number in taps:
                 tapped.append(x)
         return x if stop is not None else self.norm(x), tapped
 
