@@ -16,10 +16,11 @@ from biovfm_monai.checkpoints.monai import from_monai, to_monai
 from biovfm_monai.checkpoints.pumit import from_pumit, to_pumit
 from biovfm_monai.checkpoints.read import read_weights
 from biovfm_monai.checkpoints.timm import from_timm, to_timm
+from biovfm_monai.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 
 __all__ = [
     "build_encoder", "convert", "encoder_info", "export", "from_biovfm", "from_dino", "from_dinov2", "from_dinov3",
     "from_eva02", "from_huggingface", "from_mae", "from_mocov3", "from_monai", "from_pumit", "from_timm", "inflate",
-    "load_encoder", "read_weights", "save_embedder", "save_encoder", "to_dinov2", "to_huggingface", "to_monai",
-    "to_pumit", "to_timm", "with_channels",
+    "load_encoder", "load_tokenizer", "read_weights", "save_embedder", "save_encoder", "save_tokenizer", "to_dinov2",
+    "to_huggingface", "to_monai", "to_pumit", "to_timm", "with_channels",
 ]  # fmt: skip

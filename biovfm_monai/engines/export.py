@@ -11,9 +11,10 @@ from ignite.engine import Events
 
 import biovfm_monai
 from biovfm_monai import distributed
-from biovfm_monai.checkpoints import save_embedder, save_encoder
+from biovfm_monai.checkpoints import save_embedder, save_encoder, save_tokenizer
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.files import set_aside
+from biovfm_monai.networks import SoftTokenizer
 
 __all__ = ["EncoderHandler"]
 
@@ -21,10 +22,12 @@ __all__ = ["EncoderHandler"]
 class EncoderHandler:
     """Write the encoder after every epoch: `encoder.safetensors`, and `model.pt` with {"model": Embedder's weights}.
 
+    A method that trains a tokenizer leaves `tokenizer.safetensors`.
+
     What an earlier run left there is set aside as `*.before` when a run starts anew.
 
     Args:
-        folder: where the two files go.
+        folder: where the files go.
         preprocessing: kept in the encoder file's header: how images became the encoder's input.
     """
 
@@ -39,13 +42,13 @@ class EncoderHandler:
 
     def _set_aside(self, engine: PretrainingTrainer) -> None:
         if engine.step == 0 and distributed.is_main():
-            for name in ("encoder.safetensors", "model.pt"):
+            for name in ("encoder.safetensors", "model.pt", "tokenizer.safetensors"):
                 set_aside(self.folder / name)
 
     def _save(self, engine: PretrainingTrainer) -> None:
         if not distributed.is_main():
             return
-        encoder = engine.method.trained
+        trained = engine.method.trained
         training = {
             "method": type(engine.method).__name__,
             "steps": engine.step,
@@ -54,5 +57,8 @@ class EncoderHandler:
             "biovfm_monai": biovfm_monai.__version__,
             "torch": torch.__version__,
         }
-        save_encoder(encoder, self.folder / "encoder.safetensors", self.preprocessing, training)
-        save_embedder(encoder, self.folder / "model.pt")
+        if isinstance(trained, SoftTokenizer):
+            save_tokenizer(trained, self.folder / "tokenizer.safetensors", self.preprocessing, training)
+        else:
+            save_encoder(trained, self.folder / "encoder.safetensors", self.preprocessing, training)
+            save_embedder(trained, self.folder / "model.pt")

@@ -13,6 +13,7 @@ __all__ = ["WarmupCosine", "parameter_groups"]
 
 _BLOCK = re.compile(r"(?:^|\.)encoder\.blocks\.(\d+)\.")
 _BEFORE = re.compile(r"(?:^|\.)encoder\.(?:patch_embed|cls_token|reg_token|pos_embed|cls_pos)\b")
+_FREE = ("bias", "token", "pos_embed", "cls_pos", "codebook")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def parameter_groups(
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     depth = 1 + max((int(match[1]) for name, _ in named if (match := _BLOCK.search(name))), default=-1)
     for name, p in named:
-        free = p.ndim < 2 or name.endswith(("bias", "token", "pos_embed", "cls_pos"))
+        free = p.ndim < 2 or name.endswith(_FREE)
         block = _BLOCK.search(name)
         layer = int(block[1]) + 1 if block else 0 if _BEFORE.search(name) else depth + 1
         scale = layer_decay ** (depth + 1 - layer) * (patch_embed_scale if ".patch_embed." in name else 1.0)

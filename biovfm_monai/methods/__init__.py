@@ -5,7 +5,11 @@ from biovfm_monai.methods.dinov2 import DINOv2
 from biovfm_monai.methods.ijepa import IJEPA
 from biovfm_monai.methods.lejepa import LeJEPA
 from biovfm_monai.methods.mae import MAE
+from biovfm_monai.methods.masked_tokens import MaskedTokenModeling
 from biovfm_monai.methods.moco_v3 import MoCoV3
 from biovfm_monai.methods.simmim import SimMIM
+from biovfm_monai.methods.spad_tokenizer import SPADTokenizer
 
-__all__ = ["IJEPA", "MAE", "DINOv2", "LeJEPA", "MoCoV3", "SSLMethod", "SimMIM"]
+__all__ = [
+    "IJEPA", "MAE", "DINOv2", "LeJEPA", "MaskedTokenModeling", "MoCoV3", "SPADTokenizer", "SSLMethod", "SimMIM",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import ViT
+from biovfm_monai.networks import SoftTokenizer, ViT
 
 __all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch"]
 
@@ -21,7 +21,7 @@ _VIEWS = {"image": "RandomResizedCrop", "global_crops": "MultiCrop", "local_crop
 class SSLMethod(nn.Module, ABC):
     """A network that learns an encoder without labels; it knows no optimizer, device, configuration or rank."""
 
-    encoder: ViT
+    encoder: ViT | SoftTokenizer
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class SSLMethod(nn.Module, ABC):
         """
 
     @property
-    def trained(self) -> ViT:
+    def trained(self) -> ViT | SoftTokenizer:
         """The encoder to keep: this one, or a teacher's where that is better."""
         return self.encoder
 

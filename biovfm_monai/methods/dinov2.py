@@ -50,6 +50,8 @@ class DINOv2(SSLMethod):
         InputError: when the encoder has no class token, or a size or choice means nothing.
     """
 
+    encoder: ViT
+
     def __init__(
         self,
         encoder: ViT,

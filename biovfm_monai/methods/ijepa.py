@@ -38,6 +38,8 @@ class IJEPA(SSLMethod):
         ValueError: when predictor_num_heads does not divide predictor_embed_dim.
     """
 
+    encoder: ViT
+
     def __init__(
         self,
         encoder: ViT,

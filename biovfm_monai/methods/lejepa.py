@@ -27,6 +27,7 @@ class LeJEPA(SSLMethod):
         num_slices: random directions that SIGReg looks along, other ones in each step.
     """
 
+    encoder: ViT
     step: Tensor
 
     def __init__(

@@ -30,6 +30,8 @@ class MAE(SSLMethod):
         ValueError: when decoder_num_heads does not divide decoder_embed_dim.
     """
 
+    encoder: ViT
+
     def __init__(
         self,
         encoder: ViT,

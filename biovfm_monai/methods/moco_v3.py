@@ -28,6 +28,8 @@ class MoCoV3(SSLMethod):
         freeze_patch_embed: leave the projection of patches as it is, without which training was unstable.
     """
 
+    encoder: ViT
+
     def __init__(
         self,
         encoder: ViT,

@@ -32,6 +32,8 @@ class SimMIM(SSLMethod):
         InputError: when mask_size is no multiple of the patch.
     """
 
+    encoder: ViT
+
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, mask_size: int = 32) -> None:
         super().__init__()
         _, height, width = encoder.patch_embed.patch_size

@@ -10,6 +10,7 @@ from biovfm_monai.networks.adaptive import (
     pending,
 )
 from biovfm_monai.networks.blocks import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
+from biovfm_monai.networks.features import EncoderFeatures
 from biovfm_monai.networks.heads import Embedder
 from biovfm_monai.networks.masking import block_mask, random_mask, take_tokens
 from biovfm_monai.networks.packing import encode_packed, encode_together
@@ -27,14 +28,15 @@ from biovfm_monai.networks.presets import (
     vit_small,
     vit_tiny,
 )
+from biovfm_monai.networks.tokenizer import PatchDiscriminator, SoftTokenizer
 from biovfm_monai.networks.vit import ViT
 
 __all__ = [
-    "AdaptiveConv3d", "AdaptiveConvTranspose3d", "Attention", "Block", "DropPath", "Embedder", "LayerScale", "Mlp",
-    "PatchEmbed", "Patches", "SwiGLU", "ViT", "adaptive_downsample", "adaptive_upsample", "anisotropy_of", "block_mask",
-    "draw_anisotropy", "encode_packed", "encode_together", "halved", "interpolate_grid", "patchify", "pending",
-    "random_mask",
-    "rotary_angles", "rotate", "sincos_positions", "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large",
-    "spad_vit_small", "spad_vit_tiny", "take_tokens", "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small",
-    "vit_tiny",
+    "AdaptiveConv3d", "AdaptiveConvTranspose3d", "Attention", "Block", "DropPath", "Embedder", "EncoderFeatures",
+    "LayerScale", "Mlp", "PatchDiscriminator", "PatchEmbed", "Patches", "SoftTokenizer", "SwiGLU", "ViT",
+    "adaptive_downsample", "adaptive_upsample", "anisotropy_of", "block_mask", "draw_anisotropy", "encode_packed",
+    "encode_together", "halved", "interpolate_grid", "patchify", "pending", "random_mask", "rotary_angles", "rotate",
+    "sincos_positions",
+    "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large", "spad_vit_small", "spad_vit_tiny", "take_tokens",
+    "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small", "vit_tiny",
 ]  # fmt: skip

@@ -170,7 +170,7 @@ class ViT(nn.Module):
             B x (prefix + K) x embed_dim, and the rotary angles, 1 or B x (prefix + K) x (head_dim / 2); None without.
         """
         voxels = patches.voxels
-        positions, angles = self.positions(patches.grid_size, voxels.device), self._angles(patches)
+        positions, angles = self.positions(patches.grid_size, voxels.device), self.angles(patches)
         if keep is not None:
             voxels = take_tokens(voxels, keep)
             positions = None if positions is None else positions[0][keep]
@@ -196,6 +196,8 @@ class ViT(nn.Module):
         angles: Tensor | None = None,
         lengths: list[int] | None = None,
         taps: list[int] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run embedded tokens through the blocks and the final norm.
 
@@ -203,6 +205,7 @@ class ViT(nn.Module):
             x, angles: as from `embed`.
             lengths: tokens per image when several lie one after the other in a batch of one.
             taps: numbers of blocks whose output is wanted, too.
+            start, stop: numbers of the first block to run and of the first not to; None for all, and the final norm.
 
         Returns:
             The tokens, and those after each tapped block, without the final norm.
@@ -210,13 +213,14 @@ class ViT(nn.Module):
         turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
         tapped: list[Tensor] = []
         for number, block in enumerate(self.blocks):
+            runs = number >= start and (stop is None or number < stop)
             if torch.jit.is_scripting() or not (self.grad_checkpointing and self.training):
-                x = block(x, turn, lengths)
-            else:
+                x = block(x, turn, lengths) if runs else x
+            elif runs:
                 x = checkpoint(block, x, turn, lengths, use_reentrant=False)
-            if taps is not None and number in taps:
+            if runs and taps is not None and number in taps:
                 tapped.append(x)
-        return self.norm(x), tapped
+        return x if stop is not None else self.norm(x), tapped
 
     def forward(
         self,
@@ -267,8 +271,8 @@ class ViT(nn.Module):
             return None
         return interpolate_grid(self.pos_embed, grid_size, self.pos_antialias).flatten(2).transpose(1, 2)
 
-    def _angles(self, patches: Patches) -> Tensor | None:
-        """Rotary angles of patches, 1 x L x (head_dim / 2)."""
+    def angles(self, patches: Patches) -> Tensor | None:
+        """Rotary angles of patches, 1 x L x (head_dim / 2); None without."""
         if self.rope == "none":
             return None
         scale, spacing, reference = (1.0, 1.0, 1.0), patches.spacing, self.ref_feat_shape

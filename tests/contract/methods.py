@@ -2,8 +2,8 @@
 
 import torch
 
-from biovfm_monai.methods import IJEPA, MAE, DINOv2, LeJEPA, MoCoV3, SimMIM
-from biovfm_monai.networks import ViT
+from biovfm_monai.methods import IJEPA, MAE, DINOv2, LeJEPA, MaskedTokenModeling, MoCoV3, SimMIM, SPADTokenizer
+from biovfm_monai.networks import EncoderFeatures, PatchDiscriminator, SoftTokenizer, ViT
 
 SMALL_HEAD = {
     "prototypes": 12,
@@ -21,12 +21,28 @@ METHODS = {
     "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
     "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),
     "LeJEPA": lambda encoder: LeJEPA(encoder, projector_dims=(32, 32, 8), num_slices=64),
+    "MaskedTokenModeling": lambda encoder: MaskedTokenModeling(encoder, tokenizer(sureness=10), mask_layer=1),
+    "SPADTokenizer": lambda encoder: SPADTokenizer(tokenizer(), discriminator(), EncoderFeatures(encoder)),
 }
 SIZES = {"2D": (32, 32), "3D": (16, 32, 32)}
 
 
 def encoder(size):
     return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3)
+
+
+def tokenizer(sureness=1):
+    """A tokenizer of patches of 8; the surer it is of its tokens, the more there is to learn of them."""
+    made = SoftTokenizer(1, widths=(8, 16), strides=(4, 2), num_codes=16, norm_groups=4)
+    made.logits.weight.data.mul_(sureness)
+    return made
+
+
+def discriminator():
+    """A discriminator whose logits leave the hinge's margin, inside which its last bias has no gradient."""
+    made = PatchDiscriminator(1, (8, 16), norm_groups=4)
+    made.head.weight.data.mul_(4)
+    return made
 
 
 def batch(size, n=4):

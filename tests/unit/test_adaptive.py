@@ -115,6 +115,21 @@ def test_a_kernel_of_three_acts_in_the_plane_while_pending_and_in_space_after():
         assert (conv(impulse, pending_now) != 0).sum() == 9 * slices
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_gradient_in_bf16_is_that_in_float32_to_its_precision(depth):
+    convolution, x = AdaptiveConv3d(16, 16, 3), torch.randn(4, 16, depth, 4, 4)
+    target = torch.randn(4, 16, depth, 4, 4)
+    found = []
+    for enabled in (False, True):
+        # What is freed here is what memory never written would show.
+        freed = [torch.full((16 * 16 * 27,), math.nan) for _ in range(50)]
+        freed.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = (convolution(x) * target).sum()
+        found.append(torch.autograd.grad(loss, convolution.weight)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.3)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 4))
 def test_a_collapsed_transposed_convolution_gives_the_mean_of_the_full_ones_slices(stride, halved):

@@ -1,0 +1,31 @@
+"""Tokenizer files, which describe themselves as encoder files do (encoder.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biovfm_monai.checkpoints.encoder import load_network, save_network
+from biovfm_monai.networks import SoftTokenizer
+
+__all__ = ["load_tokenizer", "save_tokenizer"]
+
+
+def save_tokenizer(
+    tokenizer: SoftTokenizer,
+    path: str | Path,
+    preprocessing: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a tokenizer file; arguments as of `save_encoder`."""
+    save_network(tokenizer, path, preprocessing, training)
+
+
+def load_tokenizer(path: str | Path) -> SoftTokenizer:
+    """Rebuild a tokenizer with its weights, in eval mode on the CPU.
+
+    Raises:
+        InputError: as `load_encoder`, and when the file holds an encoder.
+    """
+    return load_network(path, SoftTokenizer)
