@@ -42,7 +42,8 @@ class EncoderHandler:
 
     def _set_aside(self, engine: PretrainingTrainer) -> None:
         if engine.step == 0 and distributed.is_main():
-            for name in ("encoder.safetensors", "model.pt", "tokenizer.safetensors"):
+            tokenizer = isinstance(engine.method.trained, SoftTokenizer)
+            for name in ("tokenizer.safetensors",) if tokenizer else ("encoder.safetensors", "model.pt"):
                 set_aside(self.folder / name)
 
     def _save(self, engine: PretrainingTrainer) -> None:

@@ -27,8 +27,10 @@ _SEARCH = 64
 class Reconstructs(Protocol):
     """A method that can show what it fills in, such as MAE."""
 
+    pictures: tuple[str, str]
+
     def reconstruct(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The masked and the reconstructed image of batch["image"]."""
+        """Two images made of batch["image"], as `pictures` names them."""
         ...
 
     def eval(self) -> Any:
@@ -90,9 +92,9 @@ class ReconstructionHandler:
     def _row(self, sample: Mapping[str, Any], device: torch.device) -> list[tuple[str, np.ndarray]]:
         crop, degree = sample["image"][None].to(device), sample.get("anisotropy", 0)
         image = self.views.apply(crop, self.views.still(crop, degree), degree)
-        masked, filled = self.method.reconstruct({**sample, "image": image, "key": torch.tensor([sample["key"]])})
-        shown = [middle_slice(_as_volume(one)[0] * self.views.std + self.views.mean) for one in (image, masked, filled)]
-        return list(zip((f"{sample['modality']}: image", "masked", "reconstructed"), shown, strict=True))
+        made = self.method.reconstruct({**sample, "image": image, "key": torch.tensor([sample["key"]])})
+        shown = [middle_slice(_as_volume(one)[0] * self.views.std + self.views.mean) for one in (image, *made)]
+        return list(zip((f"{sample['modality']}: image", *self.method.pictures), shown, strict=True))
 
     def _one_per_modality(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from biovfm_monai.errors import InputError
 
 __all__ = ["WarmupCosine", "parameter_groups"]
 
@@ -39,7 +42,7 @@ class WarmupCosine:
 
 
 def parameter_groups(
-    module: nn.Module, layer_decay: float = 1.0, patch_embed_scale: float = 1.0
+    module: nn.Module, layer_decay: float = 1.0, lr_scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups: matrices, and vectors (biases, norms) and tokens, which do not decay.
 
@@ -47,8 +50,13 @@ def parameter_groups(
         module: a method, or its parallel wrapper.
         layer_decay: the learning rate of each of the encoder's blocks, as a share of that of the one after it
             (https://arxiv.org/abs/2106.08254); what comes before the first block has once more that share.
-        patch_embed_scale: factor of the patch embedding's learning rate.
+        lr_scales: name of a part of the module, such as "patch_embed" or "discriminator" -> factor of its learning
+            rate.
+
+    Raises:
+        InputError: when there is no such part.
     """
+    lr_scales = dict(lr_scales or {})
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     depth = 1 + max((int(match[1]) for name, _ in named if (match := _BLOCK.search(name))), default=-1)
@@ -56,8 +64,12 @@ def parameter_groups(
         free = p.ndim < 2 or name.endswith(_FREE)
         block = _BLOCK.search(name)
         layer = int(block[1]) + 1 if block else 0 if _BEFORE.search(name) else depth + 1
-        scale = layer_decay ** (depth + 1 - layer) * (patch_embed_scale if ".patch_embed." in name else 1.0)
+        scale = layer_decay ** (depth + 1 - layer)
+        scale *= math.prod(factor for part, factor in lr_scales.items() if part in name.split("."))
         groups.setdefault((free, scale), []).append(p)
+    parts = {part for name, _ in named for part in name.split(".")}
+    if missing := set(lr_scales) - parts:
+        raise InputError(f"there is no part {', '.join(sorted(missing))} to give a learning rate. Correct lr_scales.")
     made: list[dict[str, Any]] = []
     for (free, scale), parameters in sorted(groups.items(), key=lambda group: group[0][0]):
         decay = {"weight_decay": 0.0, "weight_decay_scale": 0.0} if free else {}

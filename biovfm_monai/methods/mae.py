@@ -31,6 +31,7 @@ class MAE(SSLMethod):
     """
 
     encoder: ViT
+    pictures = ("masked", "reconstructed")
 
     def __init__(
         self,

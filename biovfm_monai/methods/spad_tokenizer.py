@@ -41,6 +41,7 @@ class SPADTokenizer(SSLMethod):
     """
 
     encoder: SoftTokenizer
+    pictures = ("likeliest codes", "soft tokens")
     discriminator_loss: Tensor
 
     def __init__(
@@ -91,6 +92,19 @@ class SPADTokenizer(SSLMethod):
         if self.discriminator is not None:
             terms |= self._adversarial(self.discriminator, image, decoded, degree)
         return {"loss": torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(), **terms}
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Show what is decoded from soft tokens.
+
+        Returns:
+            The image decoded from the likeliest code of each position alone, and that from its soft tokens; both
+            B x C x D x H x W.
+        """
+        image, degree = self.encoder.prepare(batch["image"], degree_of_batch(batch))
+        soft = self.encoder(image, degree).float().softmax(1)
+        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+        return self.encoder.decode(hard, degree).float(), self.encoder.decode(soft, degree).float()
 
     def _perceptual(self, network: nn.Module, image: Tensor, decoded: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Distance of slices by their features: of a volume, at most 24 at random."""

@@ -372,7 +372,7 @@ def test_earlier_blocks_learn_more_slowly_by_the_stated_share():
     )  # fmt: skip
     scales = {
         id(p): group.get("lr_scale", 1.0)
-        for group in parameter_groups(method, layer_decay=0.5, patch_embed_scale=0.2)
+        for group in parameter_groups(method, layer_decay=0.5, lr_scales={"patch_embed": 0.2})
         for p in group["params"]
     }
     assert len(scales) == len([*method.parameters()])
@@ -391,3 +391,8 @@ def test_earlier_blocks_learn_more_slowly_by_the_stated_share():
     ]
     assert {id(p) for p in free} >= {id(encoder.cls_token), id(encoder.norm.weight)}
     assert id(encoder.patch_embed.weight) not in {id(p) for p in free}
+
+
+def test_a_learning_rate_for_a_part_that_there_is_not_is_refused():
+    with pytest.raises(InputError, match="no part decodr to give a learning rate"):
+        parameter_groups(torch.nn.Linear(2, 2), lr_scales={"decodr": 2.0})

@@ -1,0 +1,56 @@
+"""Each method's overlay trains, in this process, on the bundle of 2D images and on that of volumes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigWorkflow
+
+from biovfm_monai.checkpoints import load_encoder, load_tokenizer, save_tokenizer
+from biovfm_monai.networks import SoftTokenizer
+from biovfm_monai.shipped import copy_bundle
+
+pytestmark = pytest.mark.xdist_group("bundle")
+METHODS = ["dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer"]
+SMALL = {
+    "moco_v3": {"method::hidden_dim": 64},
+    "dinov2": {"method::hidden_dim": 64, "views::num_local": 2},
+    "lejepa": {"method::projector_dims": [64, 16], "method::num_slices": 32, "views::num_local": 2},
+}
+BUNDLES = {"biovfm_mae_pretraining": [64, 64], "mri_mae_pretraining": [16, 32, 32]}
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def root(request, tmp_path_factory, samples):
+    """A copy of a bundle, its samples there, and a tokenizer that fits."""
+    copy = copy_bundle(request.param, tmp_path_factory.mktemp("a folder"))
+    shutil.copytree(samples, copy / "samples")
+    channels = json.loads((copy / "configs/train.json").read_text())["in_channels"]
+    tokenizer = SoftTokenizer(channels, widths=(16, 32), strides=(4, 2), num_codes=16)
+    save_tokenizer(tokenizer, copy / "stage1/tokenizer.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_overlay_of_a_method_trains_and_leaves_a_network(root, method):
+    size = BUNDLES[root.name]
+    configs = [root / "configs/train.json", *(ROOT / f"configs/{name}.json" for name in (method, "smoke"))]
+    options = SMALL.get(method, {}) | ({"encoder::depth": 1} if method != "spad_tokenizer" else {})
+    if method == "masked_tokens":
+        options["method::tokenizer::path"] = str(root / "stage1/tokenizer.safetensors")
+    workflow = ConfigWorkflow(
+        [str(config) for config in configs], workflow_type="train", logging_file=False, bundle_root=str(root),
+        img_size=size, crop_size=size, batch_size=4, ckpt_dir=str(root / method), **options,
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    if method == "spad_tokenizer":
+        assert load_tokenizer(root / method / "tokenizer.safetensors").stride == 8
+        return
+    encoder = load_encoder(root / method / "encoder.safetensors")
+    assert encoder(torch.zeros(1, encoder.in_channels, *size)).isfinite().all()
+    lines = (root / "eval/log.jsonl").read_text().splitlines()
+    assert torch.tensor(json.loads(lines[-1])["loss"]).isfinite()
