@@ -6,6 +6,7 @@ Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) an
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ignite.distributed as idist
@@ -18,6 +19,8 @@ __all__ = [
     "barrier", "device", "finalize", "gather", "initialize", "is_main", "mean", "most", "parallel", "rank",
     "total", "world_size",
 ]  # fmt: skip
+
+_PAUSE = 0.2
 
 
 def initialize() -> None:
@@ -34,9 +37,11 @@ def initialize() -> None:
 def finalize() -> None:
     """Leave the process group, if there is one, once every process is here."""
     if dist.is_initialized():
-        # A Gloo thread that still holds the last gradients of a DDP with activation checkpointing needs Python's lock
-        # to let go of them, and would never get it while the group waits for that thread.
+        # A Gloo thread that still holds the last tensors needs Python's lock to let go of them, and would never get it
+        # once the group, or a DDP that keeps it, waits for that thread. Waiting for the other processes frees the lock,
+        # and so does the pause, for a thread that a busy machine has stopped meanwhile.
         dist.barrier()
+        time.sleep(_PAUSE)
         dist.destroy_process_group()
 
 

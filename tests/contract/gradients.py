@@ -8,24 +8,30 @@ from methods import METHODS, SIZES, batch, encoder, of_rank
 from biovfm_monai import distributed
 
 
+def gradients(name, make):
+    torch.manual_seed(0)
+    method, data = make(encoder(SIZES["2D"])), batch(SIZES["2D"])
+    network = distributed.parallel(method, "cpu")
+    found = {}
+    for number in range(2):
+        # The second step sees what the first one left in queues and teachers.
+        loss = network(of_rank(data, distributed.rank(), distributed.world_size()))["loss"]
+        method.zero_grad()
+        loss.backward()
+        method.after_step(0.5)
+        found[f"{name} {number} loss"] = distributed.mean(loss.detach())
+        for key, p in method.named_parameters():
+            if p.grad is not None:
+                found[f"{name} {number} {key}"] = p.grad.clone()
+    return found
+
+
 def main(out: str) -> None:
     torch.set_num_threads(1)
     distributed.initialize()
     found = {}
     for name, make in METHODS.items():
-        torch.manual_seed(0)
-        method, data = make(encoder(SIZES["2D"])), batch(SIZES["2D"])
-        network = distributed.parallel(method, "cpu")
-        for number in range(2):
-            # The second step sees what the first one left in queues and teachers.
-            loss = network(of_rank(data, distributed.rank(), distributed.world_size()))["loss"]
-            method.zero_grad()
-            loss.backward()
-            method.after_step(0.5)
-            found[f"{name} {number} loss"] = distributed.mean(loss.detach())
-            for key, p in method.named_parameters():
-                if p.grad is not None:
-                    found[f"{name} {number} {key}"] = p.grad.clone()
+        found |= gradients(name, make)
     if distributed.is_main():
         torch.save(found, out)
     distributed.finalize()

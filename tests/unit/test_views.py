@@ -240,3 +240,11 @@ def test_depth_has_a_share_of_its_own():
 def test_large_views_of_no_or_several_sizes_are_refused(views):
     with pytest.raises(InputError, match="must be one or more, of one size"):
         MultiCrop(views)
+
+
+def test_eight_bits_are_shown_as_their_share_of_255():
+    image = torch.randint(0, 256, (2, 3, 1, 20, 20), dtype=torch.uint8)
+    for view in (RandomResizedCrop((8, 8)), MultiCrop([RandomResizedCrop((8, 8))] * 2)):
+        made, expected = (view({"image": one, "key": torch.arange(2)}, CPU) for one in (image, image / 255))
+        name = "image" if "image" in made else "global_crops"
+        torch.testing.assert_close(made[name], expected[name])
