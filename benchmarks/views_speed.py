@@ -3,7 +3,7 @@
     python benchmarks/views_speed.py [--rounds 5] [--images 64]
 
 The peer is DINO's chain of changes with lightly's published defaults (https://github.com/lightly-ai/lightly), rebuilt
-from Pillow and torch, since torchvision, which lightly needs, is not a dependency of ours: resize of a random box, flip,
+from Pillow and torch, since torchvision, which lightly needs, is no dependency of ours: resize of a random box, flip,
 brightness, contrast, saturation, hue, grey, blur, solarise, normalise, one view after the other. Ours makes a batch at
 a time. Both have one thread. "grey" are images of one channel with the policy of radiographs; the peer, which has no
 other way, changes them as colours.
