@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,8 +39,10 @@ def effective_rank(embedding: Tensor) -> float:
         embedding: N x C.
 
     Returns:
-        From 1, where all rows have one direction, to min(N, C); 0 where all are zero.
+        From 1, where all rows have one direction, to min(N, C); 0 where all are zero, NaN where one is not finite.
     """
+    if not embedding.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(embedding.double())
     share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
     return float((-torch.xlogy(share, share).sum()).exp()) if values.any() else 0.0

@@ -117,6 +117,10 @@ def test_rounding_errors_around_one_vector_are_no_directions():
     assert effective_rank(torch.randn(64) + 1e-6 * torch.randn(256, 64)) == pytest.approx(1, abs=0.01)
 
 
+def test_embeddings_that_are_not_finite_have_no_rank_and_leave_the_end_of_the_run_to_its_loss():
+    assert np.isnan(effective_rank(torch.tensor([[1.0, torch.inf], [0.0, 1.0]])))
+
+
 # Signs of collapse
 
 
