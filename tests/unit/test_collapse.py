@@ -16,6 +16,7 @@ from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomCropDataset, 
 from biovfm_monai.engines import CollapseHandler, PretrainingTrainer, ProgressHandler, StateHandler
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.errors import CollapseError, InputError, reason_of
+from biovfm_monai.evaluation import KNNAccuracy
 from biovfm_monai.methods import MAE, SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
 
@@ -171,6 +172,18 @@ def test_a_tokenizer_is_left_out_and_that_is_said_once(caplog):
 def test_what_cannot_be_watched_is_refused(options):
     with pytest.raises(InputError, match="must be"):
         watch(**options)
+
+
+def test_the_probe_of_a_labelled_handful_tells_an_encoder_that_sees_from_one_that_does_not(tmp_path):
+    torch.manual_seed(0)
+    images = [
+        {"image": 0.1 * torch.randn(1, 16, 16) + torch.linspace(-1, 1, 16) * (-1) ** label, "label": label}
+        for label in (0, 0, 0, 1, 1) * 4
+    ]
+    probe = KNNAccuracy(images, images[::2], lambda item: item, k=7)
+    seeing, blind = (run(Regression(constant), watch(probe=probe), epochs=1) for constant in (False, True))
+    assert seeing.state.metrics["probe"] == 1
+    assert blind.state.metrics["probe"] < 0.8
 
 
 # What is logged, and that nothing is touched
