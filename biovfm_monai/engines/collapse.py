@@ -58,7 +58,7 @@ class CollapseHandler:
         dataset: source of the images, its first crops.
         views: brings a crop to the encoder's size, without randomness.
         interval: epochs between looks; the last epoch always gets one.
-        num_images: how many crops, over all processes; they stay in memory.
+        num_images: how many crops, over all processes, of which each keeps its part in memory.
         on_collapse: "warn", once for each sign, or "stop" the run, before the state of its epoch is written.
         least_rank: smallest effective rank, as a share of the way from 1 to the largest possible one.
         least_of_best: smallest effective rank, as a share of the best one after the warm-up; a resumed run begins anew.
@@ -135,8 +135,10 @@ class CollapseHandler:
     def _read(self) -> list[tuple[Tensor, int | None]]:
         """This process's part of the crops, in batches of one shape and degree of anisotropy."""
         processes = distributed.world_size()
+        # As many on each, so that their embeddings can be gathered.
+        total = math.ceil(self.num_images / processes) * processes
         found: dict[tuple[torch.Size, int | None], list[Tensor]] = {}
-        for number in range(distributed.rank(), self.num_images - self.num_images % processes, processes):
+        for number in range(distributed.rank(), total, processes):
             sample = self.dataset[number]
             found.setdefault((sample["image"].shape, sample.get("anisotropy")), []).append(sample["image"])
         return [(part, degree) for (_, degree), images in found.items() for part in torch.stack(images).split(_BATCH)]
