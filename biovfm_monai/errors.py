@@ -1,4 +1,4 @@
-"""Exceptions for a user's mistake and a diverged run, and one way to show what ends a run without a traceback."""
+"""Exceptions for a user's mistake and a run that went wrong, and one way to show what ends one without a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from types import TracebackType
 
-__all__ = ["InputError", "NonFiniteLossError", "reason_of", "report_input_errors"]
+__all__ = ["CollapseError", "InputError", "NonFiniteLossError", "reason_of", "report_input_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,14 @@ class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite; the message says when, and what to try."""
 
 
+class CollapseError(ArithmeticError):
+    """An encoder tells images apart no more; the message says by what that shows, and what to try."""
+
+
 def _message(error: BaseException | None) -> str | None:
     """The line to show for an error, found among its causes; None when it is a mistake of the program."""
     while error is not None:
-        if isinstance(error, InputError | NonFiniteLossError):
+        if isinstance(error, InputError | NonFiniteLossError | CollapseError):
             return str(error)
         if isinstance(error, KeyboardInterrupt):
             return "stopped from the keyboard. To go on from the last whole epoch, add --resume True."

@@ -120,6 +120,10 @@ class RandomResizedCrop:
         matrix = torch.diag(self._largest(image, anisotropy) / self._source(image))
         return Drawn(torch.cat([matrix, matrix.new_zeros(dims, 1)], dim=1).expand(image.shape[0], -1, -1), None)
 
+    def still_view(self, image: Tensor, anisotropy: int = 0) -> Tensor:
+        """A view without randomness: what `still` shows of a batch of images, as `apply` makes it."""
+        return self.apply(image, self.still(image, anisotropy), anisotropy)
+
     def _source(self, image: Tensor) -> Tensor:
         """Voxels of a batch's images along x, y(, z)."""
         size = image.shape[-len(self.img_size) :]
@@ -206,6 +210,10 @@ class MultiCrop:
     def std(self) -> float:
         """Of the normalisation."""
         return self.global_views[0].std
+
+    def still_view(self, image: Tensor, anisotropy: int = 0) -> Tensor:
+        """A large view without randomness, as in `RandomResizedCrop`."""
+        return self.global_views[0].still_view(image, anisotropy)
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any

@@ -91,7 +91,7 @@ class ReconstructionHandler:
 
     def _row(self, sample: Mapping[str, Any], device: torch.device) -> list[tuple[str, np.ndarray]]:
         crop, degree = sample["image"][None].to(device), sample.get("anisotropy", 0)
-        image = self.views.apply(crop, self.views.still(crop, degree), degree)
+        image = self.views.still_view(crop, degree)
         made = self.method.reconstruct({**sample, "image": image, "key": torch.tensor([sample["key"]])})
         shown = [middle_slice(_as_volume(one)[0] * self.views.std + self.views.mean) for one in (image, *made)]
         return list(zip((f"{sample['modality']}: image", *self.method.pictures), shown, strict=True))

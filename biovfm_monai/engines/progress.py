@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class ProgressHandler:
     """Progress bar in a terminal, log lines elsewhere, and one JSON line per interval.
 
     Each interval's mean loss over all processes, rate of images, share of time spent waiting for data and the learning
-    rate go to `engine.state.metrics` on every process; the main process shows and writes them.
+    rate go to `engine.state.metrics` on every process; the main process shows and writes them. It writes the means of
+    all other scalars of the output, too, and what other handlers have put into `engine.state.metrics` last.
 
     Args:
         log_path: JSON-lines file; what it holds beyond the step a run starts from is dropped. None for no file.
@@ -36,7 +38,7 @@ class ProgressHandler:
         self.log_path = None if log_path is None else Path(log_path)
         self.interval = interval
         self._waited = self._asked = self._begun = 0.0
-        self._losses: list[torch.Tensor] = []
+        self._scalars: dict[str, list[torch.Tensor]] = {}
         self._samples = 0
         self._bar: tqdm | None = None
 
@@ -59,7 +61,7 @@ class ProgressHandler:
         self._bar = tqdm(total=engine.total_steps, initial=engine.step, unit="step", disable=None)
 
     def _reset(self, engine: PretrainingTrainer) -> None:
-        self._losses, self._waited = [], 0.0
+        self._scalars, self._waited = {}, 0.0
         self._samples, self._begun = engine.samples_seen, time.perf_counter()
 
     def _ask(self) -> None:
@@ -69,7 +71,9 @@ class ProgressHandler:
         self._waited += time.perf_counter() - self._asked
 
     def _count(self, engine: PretrainingTrainer) -> None:
-        self._losses.append(engine.state.output[0]["loss"])
+        for name, value in engine.state.output[0].items():
+            if isinstance(value, torch.Tensor) and value.ndim == 0:
+                self._scalars.setdefault(name, []).append(value)
         if engine.state.iteration % engine.accumulation_steps:
             return
         if self._bar is not None:
@@ -79,11 +83,12 @@ class ProgressHandler:
             self._reset(engine)
 
     def _report(self, engine: PretrainingTrainer) -> None:
-        # Reading the losses waits for the device, so the clock is read after it.
-        loss = distributed.mean(torch.stack(self._losses).float().mean()).item()
+        # Reading the means waits for the device, so the clock is read after it.
+        means = torch.stack([torch.stack(values).float().mean() for values in self._scalars.values()])
+        scalars = dict(zip(self._scalars, distributed.mean(means).tolist(), strict=True))
         seconds = time.perf_counter() - self._begun
         metrics = {
-            "loss": loss,
+            "loss": scalars["loss"],
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
             "images_per_second": (engine.samples_seen - self._samples) / seconds,
             "data_wait": self._waited / seconds,
@@ -92,8 +97,10 @@ class ProgressHandler:
         engine.state.metrics.update({"mean_loss" if name == "loss" else name: value for name, value in metrics.items()})
         if not distributed.is_main():
             return
-        line = {"step": engine.step, "samples": engine.samples_seen, "seconds": round(seconds, 3), **metrics}
         if self.log_path is not None:
+            others = {name: value for name, value in engine.state.metrics.items() if name != "mean_loss"}
+            measured = {name: value for name, value in {**metrics, **scalars, **others}.items() if _is_finite(value)}
+            line = {"step": engine.step, "samples": engine.samples_seen, "seconds": round(seconds, 3), **measured}
             with self.log_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self._show(engine, metrics)
@@ -116,6 +123,11 @@ class ProgressHandler:
             self._bar.close()
         if error is not None:
             raise error
+
+
+def _is_finite(value: Any) -> bool:
+    # JSON has no infinity, which is what fp16 now and then has for a norm of gradients.
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _lines_up_to(step: int, path: Path) -> list[str]:

@@ -142,7 +142,8 @@ class PretrainingTrainer(SupervisedTrainer):
     def _iteration(self, _: SupervisedTrainer, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One micro-batch: forward and backward, and at the end of a group the optimizer's step.
 
-        The output is a list of one dict, which is what MONAI's handlers take by default.
+        The output is a list of one dict, which is what MONAI's handlers take by default: the method's, and after a step
+        with clipping "gradient_norm", that of all gradients before it.
         """
         iteration = int(self.state.iteration)
         stream = np.random.SeedSequence((self.seed, iteration, distributed.rank()))
@@ -165,30 +166,34 @@ class PretrainingTrainer(SupervisedTrainer):
         # epoch handlers write files, which must not hold what a bad loss did to the weights.
         epoch_ends = iteration % self.state.epoch_length == 0
         self._check_losses(0 if loss.device.type == "cpu" or epoch_ends else 1)
-        if steps_now:
-            self._optimizer_step()
+        norm = self._optimizer_step() if steps_now else None
+        shown = output if norm is None else {**output, "gradient_norm": norm}
+        self.state.output = [{name: x.detach() if isinstance(x, Tensor) else x for name, x in shown.items()}]
         self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return [{name: value.detach() if isinstance(value, Tensor) else value for name, value in output.items()}]
+        return self.state.output
 
     def _gradient_sync(self, steps_now: bool) -> AbstractContextManager:
         if isinstance(self.network, DistributedDataParallel) and not steps_now:
             return self.network.no_sync()
         return nullcontext()
 
-    def _optimizer_step(self) -> None:
+    def _optimizer_step(self) -> Tensor | None:
+        """Step, and return the norm of the gradients before they were clipped; None where they are not."""
+        norm = None
         for name, schedule in self.schedules.items():
             value = schedule((self.step - 0.5) / self.total_steps)
             for group in self.optimizer.param_groups:
                 group[name] = value * group.get(f"{name}_scale", 1.0)
         if self.clip_norm is not None:
             self.loss_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         scale = self.loss_scaler.get_scale()
         self.loss_scaler.step(self.optimizer)
         self.loss_scaler.update()
         # The scale falls when gradients overflowed and the step was left out.
         if self.loss_scaler.get_scale() >= scale:
             self.method.after_step(self.step / self.total_steps)
+        return norm
 
     def _check_losses(self, leave: int) -> None:
         """Raise NonFiniteLossError if a loss is not finite, the newest `leave` of them not looked at yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.files import write_atomically
-from biovfm_monai.networks import Embedder
+from biovfm_monai.networks import Embedder, ViT
 
-__all__ = ["KNNProbe", "knn_accuracy"]
+__all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,35 @@ def knn_accuracy(
     return float(model.score(test, test_labels))
 
 
+class KNNAccuracy:
+    """kNN accuracy of an encoder in memory, such as one in training: a probe for `engines.CollapseHandler`.
+
+    Args:
+        train, test: datalist items with a "label"; prepared, they stay in memory.
+        transform: item to what the encoder takes, such as `encoder_transform`.
+        k: neighbours.
+
+    Raises:
+        InputError: when an item has no label, or, when called, there are fewer training images than k.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Mapping[str, Any]],
+        test: Sequence[Mapping[str, Any]],
+        transform: Callable[[Any], Any],
+        k: int = 20,
+    ) -> None:
+        self.labels, self.k = [_labels(train), _labels(test)], k
+        self.images = [CacheDataset(items, transform, num_workers=None, progress=False) for items in (train, test)]
+
+    def __call__(self, encoder: ViT) -> float:
+        """Accuracy with the encoder's embeddings, which are computed where it is."""
+        device, batch_size = next(encoder.parameters()).device, _batch_size(self.images)
+        train, test = (embed(Embedder(encoder), images, device, batch_size) for images in self.images)
+        return knn_accuracy(train, self.labels[0], test, self.labels[1], self.k)
+
+
 class KNNProbe:
     """Score an encoder file on a labelled task, beside two controls: the same network untrained, and raw pixels.
 
@@ -79,18 +108,13 @@ class KNNProbe:
         seed: int = 0,
         output_path: str | Path | None = None,
     ) -> None:
-        for item in (*train, *test):
-            if "label" not in item:
-                raise InputError(
-                    f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.'
-                )
+        self.labels = [_labels(train), _labels(test)]
         self.encoder_path = Path(encoder_path)
         self.train, self.test = train, test
         self.device, self.k, self.seed, self.output_path = device, k, seed, output_path
 
     def run(self) -> dict[str, Any]:
         """Accuracies of "encoder", "random_init" and "raw_pixels", "chance", and how many images and classes."""
-        labels = [[item["label"] for item in items] for items in (self.train, self.test)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             untrained = build_encoder(self.encoder_path)
@@ -102,11 +126,11 @@ class KNNProbe:
         transform = transform_of(self.encoder_path)
         images = [CacheDataset(items, transform, num_workers=None, progress=False) for items in (self.train, self.test)]
         scores: dict[str, Any] = {}
-        one_size = len({sample["image"].shape for dataset in images for sample in dataset}) == 1
+        batch_size = _batch_size(images)
         for name, network in contenders.items():
-            train, test = (embed(network, dataset, self.device, _BATCH if one_size else 1) for dataset in images)
-            scores[name] = knn_accuracy(train, labels[0], test, labels[1], self.k)
-        counts = np.unique(labels[1], return_counts=True)[1]
+            train, test = (embed(network, dataset, self.device, batch_size) for dataset in images)
+            scores[name] = knn_accuracy(train, self.labels[0], test, self.labels[1], self.k)
+        counts = np.unique(self.labels[1], return_counts=True)[1]
         scores |= {
             "chance": float(counts.max() / counts.sum()),
             "classes": len(counts), "train_images": len(self.train), "test_images": len(self.test), "k": self.k,
@@ -117,3 +141,16 @@ class KNNProbe:
             with write_atomically(self.output_path) as draft:
                 draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")
         return scores
+
+
+def _labels(items: Sequence[Mapping[str, Any]]) -> list[Any]:
+    for item in items:
+        if "label" not in item:
+            raise InputError(f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.')
+    return [item["label"] for item in items]
+
+
+def _batch_size(datasets: Sequence[CacheDataset]) -> int:
+    """How many images are embedded at a time: one where they differ in size."""
+    one_size = len({sample["image"].shape for dataset in datasets for sample in dataset}) == 1
+    return _BATCH if one_size else 1

@@ -5,13 +5,15 @@ All of it is in float32, and over the rows of all processes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
 
-__all__ = ["koleo", "sinkhorn", "soft_cross_entropy"]
+__all__ = ["koleo", "prototype_usage", "row_entropy", "sinkhorn", "soft_cross_entropy"]
 
 _LEAST = 1e-30
 
@@ -45,6 +47,24 @@ def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float) -> 
     """Cross-entropy of each row's student scores, divided by a temperature, under the teacher's shares: N x K to N."""
     scaled = student.float() / temperature
     return teacher.sum(1) * scaled.logsumexp(1) - (teacher * scaled).sum(1)
+
+
+def row_entropy(shares: Tensor) -> Tensor:
+    """Entropy of each row of N x K shares, as a share of its largest value, ln K: N values from 0 to 1."""
+    return -torch.xlogy(shares, shares).sum(1) / math.log(shares.shape[1])
+
+
+@torch.no_grad()
+def prototype_usage(shares: Tensor) -> Tensor:
+    """Share of the prototypes that images use: the exponential of the entropy of their mean use, over K.
+
+    It is 1 / K where all images of all processes share one prototype, and 1 where all prototypes are used alike.
+
+    Args:
+        shares: N x K, each row with a sum of 1; N may differ between processes.
+    """
+    used = distributed.total(shares.sum(0))
+    return shares.shape[1] ** (row_entropy((used / used.sum())[None])[0] - 1)
 
 
 def koleo(embedding: Tensor, eps: float = 1e-4) -> Tensor:

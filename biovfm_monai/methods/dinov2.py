@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from biovfm_monai import distributed
 from biovfm_monai.draws import forked, uniform
 from biovfm_monai.errors import InputError
-from biovfm_monai.losses.dino import koleo, sinkhorn, soft_cross_entropy
+from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.prototype_head import PrototypeHead
 from biovfm_monai.methods.teacher import Teacher, rising
@@ -117,8 +117,8 @@ class DINOv2(SSLMethod):
         """The losses of batch["global_crops"] and, if there, batch["local_crops"], as in `SSLMethod.forward`.
 
         Returns:
-            "loss", its parts "dino", "ibot" and "koleo", and "teacher_entropy" in nats, whose largest value is the
-            logarithm of the number of prototypes.
+            "loss", its parts "dino", "ibot" and "koleo", and of how the teacher shares out large views over prototypes
+            "teacher_entropy", a view's as a share of its largest value, and "prototype_usage".
 
         Raises:
             InputError: when there are no two views to compare.
@@ -140,8 +140,8 @@ class DINOv2(SSLMethod):
         ibot = self._ibot(taught, large, hidden)
         spread = torch.stack([koleo(one) for one in large[:, 0].unflatten(0, (views, b))]).mean()
         loss = self.weights[0] * dino + self.weights[1] * ibot + self.weights[2] * spread
-        entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
-        return {"loss": loss, "dino": dino, "ibot": ibot, "koleo": spread, "teacher_entropy": entropy}
+        watched = {"teacher_entropy": row_entropy(shares).mean(), "prototype_usage": prototype_usage(shares)}
+        return {"loss": loss, "dino": dino, "ibot": ibot, "koleo": spread, **watched}
 
     def _hidden(self, batch: Mapping[str, Any], views: int, patches: Patches) -> Tensor:
         """Which patches the student does not see: (views B) x L, on the CPU, so that no device is waited for."""

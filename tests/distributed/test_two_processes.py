@@ -22,6 +22,27 @@ folder = data.write_samples(sys.argv[1])
 sys.stdout.write(f"{len(data.load_datalist(folder))} items\\n")  # in one piece: both processes write
 distributed.finalize()
 """
+WATCHED = """
+import json, sys
+from pathlib import Path
+import torch
+from biovfm_monai import data, distributed, engines
+from biovfm_monai.losses.dino import prototype_usage
+from biovfm_monai.networks import ViT
+distributed.initialize()
+torch.manual_seed(0)
+encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3).eval()
+images = [{"image": torch.rand(1, 1, 16, 16), "modality": "ct"} for _ in range(8)]
+dataset = data.RandomCropDataset(images, lambda item: item, (16, 16))
+count = 9 - distributed.world_size()  # two processes round 7 up
+handler = engines.CollapseHandler(dataset, data.RandomResizedCrop((16, 16)), num_images=count)
+with torch.no_grad():
+    rows = handler._embed(encoder, torch.device("cpu"))
+usage = prototype_usage(torch.randn(8, 5).softmax(1).chunk(distributed.world_size())[distributed.rank()])
+found = {"rows": sorted(rows.tolist()), "usage": usage.item(), "read": sum(len(x) for x, _ in handler._batches)}
+Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(found))
+distributed.finalize()
+"""
 
 
 def call(command, out):
@@ -97,3 +118,18 @@ def test_an_encoder_of_images_of_all_kinds_learns_the_same_when_wrapped(encoder_
     assert weights.keys() == encoder_alone.keys()
     for name, expected in encoder_alone.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_share_out_the_images_watched_for_collapse_and_find_what_one_finds(tmp_path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        launcher = [*TORCHRUN, processes, "--no-python"] if processes > 1 else []
+        call([*launcher, sys.executable, "-c", WATCHED, out], out)
+    (alone,) = (json.loads(path.read_text()) for path in (tmp_path / "1").glob("rank*.json"))
+    first, second = (json.loads((tmp_path / f"2/rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (alone["read"], first["read"]) == (8, 4)
+    torch.testing.assert_close(torch.tensor(first["rows"]), torch.tensor(alone["rows"]), rtol=1e-4, atol=1e-5)
+    assert first["usage"] == pytest.approx(alone["usage"], rel=1e-5)

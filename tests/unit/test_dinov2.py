@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.losses.dino import koleo, sinkhorn, soft_cross_entropy
+from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
 from biovfm_monai.methods import DINOv2
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import ViT
@@ -235,3 +235,31 @@ def test_the_teachers_encoder_is_the_one_to_keep():
 def test_what_cannot_be_is_refused_with_the_reason(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+# What tells of a collapse
+
+
+def slow_entropy(shares):
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_the_teachers_entropy_and_the_prototypes_in_use_are_their_formulas(temperature):
+    shares = (torch.randn(9, 5, dtype=torch.float64) / temperature).softmax(1)
+    entropies = [slow_entropy(row) / math.log(5) for row in shares.tolist()]
+    assert row_entropy(shares).tolist() == pytest.approx(entropies)
+    mean = [sum(column) / 9 for column in shares.T.tolist()]
+    assert prototype_usage(shares).item() == pytest.approx(math.exp(slow_entropy(mean)) / 5)
+
+
+def test_one_prototype_for_all_images_is_the_least_usage_and_one_for_each_all_of_it():
+    assert prototype_usage(torch.eye(4)[:1].repeat(8, 1)).item() == pytest.approx(0.25)
+    assert prototype_usage(torch.eye(4).repeat(2, 1)).item() == pytest.approx(1)
+    torch.testing.assert_close(row_entropy(torch.eye(4)), torch.zeros(4))
+
+
+def test_what_tells_of_a_collapse_is_in_the_output():
+    output = dino()(crops())
+    assert 0 < output["teacher_entropy"] <= 1
+    assert 1 / 12 <= output["prototype_usage"] <= 1

@@ -1,0 +1,160 @@
+"""Whether an encoder still tells images apart: the effective rank of its embeddings (https://arxiv.org/abs/2210.02885)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from monai.engines.utils import IterationEvents
+from monai.networks.utils import eval_mode
+from torch import Tensor
+
+from biovfm_monai import distributed
+from biovfm_monai.data import MultiCrop, RandomCropDataset, RandomResizedCrop
+from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.errors import CollapseError, InputError
+from biovfm_monai.networks import Embedder, SoftTokenizer, ViT
+
+__all__ = ["CollapseHandler", "effective_rank"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+_NEAR = 0.01
+_SPREAD = (
+    "Lower --learning_rate, raise --batch_size (or DINOv2's queue), let the teacher follow more slowly (momentum), or "
+    "give what spreads embeddings out more weight (koleo_weight, sigreg_weight)."
+)
+
+
+def effective_rank(embedding: Tensor) -> float:
+    """How many directions embeddings use alike: the exponential of the entropy of their singular values, by RankMe.
+
+    They are not centred first, as in MONAI's `EmbeddingCollapseMetric`: all that centring leaves of an encoder that has
+    collapsed to one vector is noise, which uses all directions.
+
+    Args:
+        embedding: N x C.
+
+    Returns:
+        From 1, where all rows have one direction, to min(N, C); 0 where all are zero, NaN where one is not finite.
+    """
+    if not embedding.isfinite().all():
+        return math.nan
+    values = torch.linalg.svdvals(embedding.double())
+    share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return float((-torch.xlogy(share, share).sum()).exp()) if values.any() else 0.0
+
+
+class CollapseHandler:
+    """Embed the same images time and again, and say so when the encoder tells them apart no more.
+
+    Their effective rank goes to `engine.state.metrics`, and so to TensorBoard and the log, as "effective_rank"; what
+    `probe` finds as "probe". A method's "teacher_entropy" is looked at, too. A tokenizer has no embedding to look at.
+
+    Args:
+        dataset: source of the images, its first crops.
+        views: brings a crop to the encoder's size, without randomness.
+        interval: epochs between looks; the last epoch always gets one.
+        num_images: how many crops, over all processes, of which each keeps its part in memory.
+        on_collapse: "warn", once for each sign, or "stop" the run, before the state of its epoch is written.
+        least_rank: smallest effective rank, as a share of the way from 1 to the largest possible one.
+        least_of_best: smallest effective rank, as a share of the best one after the warm-up; a resumed run begins anew.
+        warmup: share of the run before which no rank or entropy counts.
+        probe: encoder, in evaluation mode, to a score, such as an accuracy on labelled images; run by the main process.
+
+    Raises:
+        InputError: on an unknown on_collapse, or fewer than 2 images.
+        CollapseError: in the trainer's `run`, on a sign of collapse, if that is to stop it.
+    """
+
+    def __init__(
+        self,
+        dataset: RandomCropDataset,
+        views: RandomResizedCrop | MultiCrop,
+        interval: int = 1,
+        num_images: int = 128,
+        on_collapse: str = "warn",
+        least_rank: float = 0.005,
+        least_of_best: float = 0.5,
+        warmup: float = 0.1,
+        probe: Callable[[ViT], float] | None = None,
+    ) -> None:
+        if on_collapse not in ("warn", "stop"):
+            raise InputError(f"on_collapse {on_collapse!r} must be 'warn' or 'stop'. Give one of them.")
+        if num_images < 2:
+            raise InputError(f"num_images {num_images} must be 2 or more, to tell one from another. Give more.")
+        self.dataset, self.views, self.interval, self.num_images = dataset, views, interval, num_images
+        self.on_collapse, self.least_rank, self.least_of_best = on_collapse, least_rank, least_of_best
+        self.warmup, self.probe = warmup, probe
+        self._batches: list[tuple[Tensor, int | None]] = []
+        self._best = 0.0
+        self._said: set[str] = set()
+
+    def attach(self, engine: PretrainingTrainer) -> None:
+        """Register with a trainer."""
+        # Before the handlers of the iteration's and the epoch's end, which log what is found and write the state.
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._look)
+
+    def _look(self, engine: PretrainingTrainer) -> None:
+        epoch, ends = engine.state.epoch, engine.state.iteration % engine.state.epoch_length == 0
+        if not ends or (epoch % self.interval and epoch != engine.state.max_epochs):
+            return
+        trained = engine.method.trained
+        if isinstance(trained, SoftTokenizer):
+            self._say("tokenizer", "a tokenizer has no embedding, and is not watched for collapse.", logging.INFO)
+            return
+        with torch.random.fork_rng(devices=[]), eval_mode(trained):
+            embedding = self._embed(trained, engine.state.device)
+            if self.probe is not None and distributed.is_main():
+                engine.state.metrics["probe"] = self.probe(trained)
+        rank = effective_rank(embedding)
+        engine.state.metrics["effective_rank"] = rank
+        if engine.step < self.warmup * engine.total_steps:
+            return
+        self._best = max(self._best, rank)
+        entropy = engine.state.output[0].get("teacher_entropy")
+        entropy = None if entropy is None else distributed.mean(entropy).item()
+        for kind, sign in self._signs(rank, min(embedding.shape), entropy):
+            message = f"collapse at epoch {epoch}: {sign}"
+            if self.on_collapse == "stop":
+                raise CollapseError(message)
+            self._say(kind, message, logging.WARNING)
+
+    def _embed(self, encoder: ViT, device: torch.device) -> Tensor:
+        """Embeddings of the images of all processes, images x embed_dim, the same on each of them."""
+        self._batches = self._batches or self._read()
+        network = Embedder(encoder)
+        rows = [
+            network(self.views.still_view(images.to(device), degree or 0), degree) for images, degree in self._batches
+        ]
+        return distributed.gather(torch.cat(rows).float()).cpu()
+
+    def _read(self) -> list[tuple[Tensor, int | None]]:
+        """This process's part of the crops, in batches of one shape and degree of anisotropy."""
+        processes = distributed.world_size()
+        # As many on each, so that their embeddings can be gathered.
+        total = math.ceil(self.num_images / processes) * processes
+        found: dict[tuple[torch.Size, int | None], list[Tensor]] = {}
+        for number in range(distributed.rank(), total, processes):
+            sample = self.dataset[number]
+            found.setdefault((sample["image"].shape, sample.get("anisotropy")), []).append(sample["image"])
+        return [(part, degree) for (_, degree), images in found.items() for part in torch.stack(images).split(_BATCH)]
+
+    def _signs(self, rank: float, largest: int, entropy: float | None) -> Iterator[tuple[str, str]]:
+        """Kind of each sign of collapse, and what it is and what to try."""
+        if rank < 1 + self.least_rank * (largest - 1):
+            yield "rank", f"the effective rank of embeddings is {rank:.2f} of at most {largest}. {_SPREAD}"
+        if rank < self.least_of_best * self._best:
+            yield "best", f"the effective rank of embeddings fell from {self._best:.2f} to {rank:.2f}. {_SPREAD}"
+        if entropy is not None and entropy < _NEAR:
+            yield "sharp", f"the teacher's entropy is {entropy:.4f} of 1, one prototype a view. Raise teacher_temp."
+        if entropy is not None and entropy > 1 - _NEAR:
+            yield "even", f"the teacher's entropy is {entropy:.4f} of 1, all prototypes alike. Lower teacher_temp."
+
+    def _say(self, kind: str, message: str, level: int) -> None:
+        if kind not in self._said and distributed.is_main():
+            logger.log(level, message)
+        self._said.add(kind)

@@ -1,0 +1,277 @@
+"""Watching for collapse: the effective rank against numpy, what is a sign and what is none; nothing is touched."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.handlers import TensorBoardStatsHandler
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomCropDataset, RandomResizedCrop
+from biovfm_monai.engines import CollapseHandler, PretrainingTrainer, ProgressHandler, StateHandler
+from biovfm_monai.engines.collapse import effective_rank
+from biovfm_monai.errors import CollapseError, InputError, reason_of
+from biovfm_monai.evaluation import KNNAccuracy
+from biovfm_monai.methods import MAE, SSLMethod
+from biovfm_monai.networks import SoftTokenizer, ViT
+
+VIEWS = RandomResizedCrop((16, 16))
+SMALL = RandomResizedCrop((8, 8))
+
+
+class Regression(SSLMethod):
+    """Learns each view's mean, and says what it is told to of its teacher."""
+
+    def __init__(self, constant=False, entropy=None, falls=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3, drop_path_rate=0.2)
+        self.head = torch.nn.Linear(24, 1)
+        self.entropy, self.falls = entropy, falls
+        torch.nn.init.normal_(self.encoder.norm.bias)
+        if constant:
+            self.encoder.norm.weight.requires_grad_(False).zero_()
+
+    def after_step(self, progress):
+        if self.falls and progress > 0.7:
+            self.encoder.norm.weight.data.mul_(0.5)
+
+    def forward(self, batch):
+        image = batch["image"] if "image" in batch else batch["global_crops"].flatten(0, 1)
+        mean = image.flatten(1).mean(1, keepdim=True)
+        output = {"loss": (self.head(self.encoder(image).mean(1)) - mean).square().mean(), "brightness": mean.mean()}
+        return output if self.entropy is None else {**output, "teacher_entropy": torch.tensor(self.entropy)}
+
+
+class Tokenizer(SSLMethod):
+    def __init__(self):
+        super().__init__()
+        self.encoder = SoftTokenizer(1, widths=(8, 16), strides=(4, 2), num_codes=16, norm_groups=4)
+
+    def forward(self, batch):
+        return {"loss": self.encoder.logits.weight.square().mean()}
+
+
+def dataset(crop_size=(20, 20), depths=(1,)):
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {"image": torch.rand(1, depth, 24, 24, generator=generator), "modality": "ct"} for depth in depths * 5
+    ]  # fmt: skip
+    return RandomCropDataset(items, lambda item: item, crop_size, batch_size=4)
+
+
+def run(method, *handlers, views=VIEWS, epochs=2, images=None, **options):
+    images = images or dataset()
+    loader = DataLoader(images, batch_sampler=GlobalBatchSampler(4, 3))
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 1e-3)
+    engine = PretrainingTrainer(
+        "cpu", epochs, loader, method, optimizer, prepare_batch=views, train_handlers=handlers, **options
+    )
+    engine.run()
+    return engine
+
+
+def watch(views=VIEWS, **options):
+    return CollapseHandler(dataset(), views, **{"num_images": 40, "warmup": 0.0, **options})
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.open()]
+
+
+# The effective rank
+
+
+def slow_rank(rows):
+    values = np.sqrt(np.clip(np.linalg.eigvalsh(rows.T @ rows), 0, None))
+    share = values[values > 0] / values.sum()
+    return np.exp(-sum(p * np.log(p) for p in share))
+
+
+@pytest.mark.parametrize(("n", "c"), [(7, 7), (30, 5), (5, 30)])
+def test_the_effective_rank_is_the_formula_of_the_paper(n, c):
+    rows = np.random.default_rng(0).normal(1, 1, (n, c))
+    assert effective_rank(torch.tensor(rows)) == pytest.approx(slow_rank(rows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank"),
+    [
+        (torch.eye(6), 6),
+        (torch.eye(6).repeat(5, 1) * 3, 6),
+        (torch.eye(6)[:4], 4),
+        (torch.arange(1.0, 9)[:, None] * torch.tensor([1.0, -2.0, 3.0]), 1),
+        (torch.zeros(4, 3), 0),
+    ],
+)
+def test_rows_along_as_many_directions_have_that_rank(rows, rank):
+    assert effective_rank(rows) == pytest.approx(rank, abs=1e-5)
+
+
+def test_rounding_errors_around_one_vector_are_no_directions():
+    torch.manual_seed(0)
+    assert effective_rank(torch.randn(64) + 1e-6 * torch.randn(256, 64)) == pytest.approx(1, abs=0.01)
+
+
+def test_embeddings_that_are_not_finite_have_no_rank_and_leave_the_end_of_the_run_to_its_loss():
+    assert np.isnan(effective_rank(torch.tensor([[1.0, torch.inf], [0.0, 1.0]])))
+
+
+# Signs of collapse
+
+
+def test_a_constant_encoder_is_said_once_with_what_to_try(caplog):
+    engine = run(Regression(constant=True), watch(), epochs=3)
+    (record,) = [record for record in caplog.records if "collapse" in record.message]
+    assert record.levelno == logging.WARNING
+    assert "epoch 1: the effective rank of embeddings is 1.00 of at most 24. Lower --learning_rate" in record.message
+    assert engine.state.metrics["effective_rank"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_collapse_can_stop_the_run_with_one_line_before_its_state_is_written(tmp_path):
+    handlers = StateHandler(tmp_path), watch(on_collapse="stop", warmup=0.5)
+    with pytest.raises(CollapseError, match="collapse at epoch 2") as caught:
+        run(Regression(constant=True), *handlers, epochs=4)
+    assert reason_of(caught.value) == str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
+
+
+def test_a_healthy_encoder_goes_on_without_a_word(caplog):
+    engine = run(Regression(entropy=0.5), watch(on_collapse="stop"), epochs=3)
+    assert "collapse" not in caplog.text
+    assert engine.state.metrics["effective_rank"] > 1.5
+
+
+def test_a_rank_that_falls_below_a_share_of_its_best_is_a_sign(caplog):
+    run(Regression(falls=True), watch(least_rank=0.0, least_of_best=0.9), epochs=3)
+    assert caplog.text.count("collapse at epoch") == 1
+    assert "collapse at epoch 3: the effective rank of embeddings fell from " in caplog.text
+
+
+@pytest.mark.parametrize(("entropy", "remedy"), [(0.001, "Raise teacher_temp"), (0.999, "Lower teacher_temp")])
+def test_a_teacher_that_shares_out_nothing_or_everything_is_a_sign(caplog, entropy, remedy):
+    run(Regression(entropy=entropy), watch(), epochs=3)
+    assert caplog.text.count("collapse at epoch 1: the teacher's entropy") == 1
+    assert remedy in caplog.text
+
+
+def test_a_tokenizer_is_left_out_and_that_is_said_once(caplog):
+    caplog.set_level(logging.INFO)
+    engine = run(Tokenizer(), watch())
+    assert caplog.text.count("a tokenizer has no embedding") == 1
+    assert "effective_rank" not in engine.state.metrics
+
+
+@pytest.mark.parametrize("options", [{"on_collapse": "rewind"}, {"num_images": 1}])
+def test_what_cannot_be_watched_is_refused(options):
+    with pytest.raises(InputError, match="must be"):
+        watch(**options)
+
+
+def test_the_probe_of_a_labelled_handful_tells_an_encoder_that_sees_from_one_that_does_not(tmp_path):
+    torch.manual_seed(0)
+    images = [
+        {"image": 0.1 * torch.randn(1, 16, 16) + torch.linspace(-1, 1, 16) * (-1) ** label, "label": label}
+        for label in (0, 0, 0, 1, 1) * 4
+    ]
+    probe = KNNAccuracy(images, images[::2], lambda item: item, k=7)
+    seeing, blind = (run(Regression(constant), watch(probe=probe), epochs=1) for constant in (False, True))
+    assert seeing.state.metrics["probe"] == 1
+    assert blind.state.metrics["probe"] < 0.8
+
+
+# What is logged, and that nothing is touched
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_found_and_all_scalars_are_in_the_log_and_in_tensorboard(tmp_path, first):
+    handler = watch(probe=lambda encoder: 0.25 if not encoder.training else 0.0)
+    log = [
+        ProgressHandler(tmp_path / "log.jsonl", 100),
+        TensorBoardStatsHandler(SummaryWriter(tmp_path), iteration_log=1),
+    ]
+    engine = run(Regression(entropy=0.5), *([handler, *log] if first else [*log, handler]), clip_norm=1.0)
+    begun, last = lines_of(tmp_path / "log.jsonl")
+    assert {"loss", "brightness", "teacher_entropy", "gradient_norm"} <= set(begun)
+    assert "effective_rank" not in begun
+    assert last["effective_rank"] == engine.state.metrics["effective_rank"]
+    assert (last["probe"], last["teacher_entropy"]) == (0.25, 0.5)
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Scalars("effective_rank")] == [1, 2]
+    assert shown.Scalars("effective_rank")[-1].value == pytest.approx(last["effective_rank"])
+    for name in ("brightness", "teacher_entropy", "gradient_norm"):
+        assert [event.step for event in shown.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_norm_of_gradients_is_that_before_they_are_clipped():
+    found, expected = [], []
+
+    class Noted(SSLMethod):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+
+        def forward(self, batch):
+            expected.append(2 * self.weight.detach().norm().item())
+            return {"loss": self.weight.square().sum()}
+
+    loader = DataLoader(dataset(), batch_sampler=GlobalBatchSampler(4, 3))
+    method = Noted()
+    engine = PretrainingTrainer(
+        "cpu", 1, loader, method, torch.optim.SGD(method.parameters(), 0.1), prepare_batch=VIEWS, clip_norm=1.0
+    )
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda e: found.append(e.state.output[0]["gradient_norm"].item())
+    )
+    engine.run()
+    assert found == pytest.approx(expected)
+    assert found[0] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("views", [VIEWS, MultiCrop([VIEWS, VIEWS], SMALL, 2)], ids=["one view", "views"])
+def test_training_with_the_handler_is_the_same_as_without(tmp_path, views):
+    ends = []
+    for name, handlers in (("with", [watch(views, probe=lambda _: torch.rand(()).item())]), ("without", [])):
+        method, path = Regression(), tmp_path / name
+        run(method, ProgressHandler(path, 1), *handlers, views=views, epochs=3)
+        ends.append(
+            (
+                [line["loss"] for line in lines_of(path)],
+                torch.get_rng_state().tolist(),
+                method.encoder.training,
+                [p.tolist() for p in method.parameters()],
+            )
+        )
+    assert ends[0] == ends[1]
+
+
+def test_the_embeddings_are_those_of_the_first_crops_one_after_the_other():
+    images, method = dataset(), Regression().eval()
+    found = watch(MultiCrop([VIEWS]))._embed(method.encoder, torch.device("cpu"))
+    for number in range(40):
+        crop = images[number]["image"][None]
+        tokens = method.encoder(VIEWS.apply(crop, VIEWS.still(crop)))
+        torch.testing.assert_close(found[number], tokens[0, 1:].mean(0))
+
+
+def test_volumes_of_several_degrees_and_2d_images_are_embedded():
+    images = dataset((8, 16, 16), depths=(1, 12))
+    views = RandomResizedCrop((8, 16, 16))
+    encoder = ViT(1, (8, 16, 16), 8, embed_dim=24, depth=1, num_heads=3)
+    method = MAE(encoder, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)
+    handler = CollapseHandler(images, views, num_images=16)
+    engine = run(method, handler, views=views, images=images)
+    assert 1 < engine.state.metrics["effective_rank"] <= 16
+    assert len({degree for _, degree in handler._batches}) == 2
+
+
+def test_it_looks_at_the_interval_and_after_the_last_epoch():
+    method, seen = Regression(), []
+    run(method, watch(interval=2, probe=lambda _: seen.append(1) or float(len(seen))), epochs=5)
+    assert len(seen) == 3
