@@ -1,5 +1,6 @@
 """Self-supervised methods: networks that return their own loss."""
 
+from biovfm_monai.methods.barlow_twins import BarlowTwins
 from biovfm_monai.methods.base import SSLMethod
 from biovfm_monai.methods.dinov2 import DINOv2
 from biovfm_monai.methods.ijepa import IJEPA
@@ -11,5 +12,6 @@ from biovfm_monai.methods.simmim import SimMIM
 from biovfm_monai.methods.spad_tokenizer import SPADTokenizer
 
 __all__ = [
-    "IJEPA", "MAE", "DINOv2", "LeJEPA", "MaskedTokenModeling", "MoCoV3", "SPADTokenizer", "SSLMethod", "SimMIM",
+    "IJEPA", "MAE", "BarlowTwins", "DINOv2", "LeJEPA", "MaskedTokenModeling", "MoCoV3", "SPADTokenizer", "SSLMethod",
+    "SimMIM",
 ]  # fmt: skip

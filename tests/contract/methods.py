@@ -2,7 +2,17 @@
 
 import torch
 
-from biovfm_monai.methods import IJEPA, MAE, DINOv2, LeJEPA, MaskedTokenModeling, MoCoV3, SimMIM, SPADTokenizer
+from biovfm_monai.methods import (
+    IJEPA,
+    MAE,
+    BarlowTwins,
+    DINOv2,
+    LeJEPA,
+    MaskedTokenModeling,
+    MoCoV3,
+    SimMIM,
+    SPADTokenizer,
+)
 from biovfm_monai.networks import EncoderFeatures, PatchDiscriminator, SoftTokenizer, ViT
 
 SMALL_HEAD = {
@@ -20,6 +30,7 @@ METHODS = {
     "SimMIM": lambda encoder: SimMIM(encoder, mask_ratio=0.25, mask_size=16),
     "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
     "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),
+    "BarlowTwins": lambda encoder: BarlowTwins(encoder, projector_dims=(32, 32, 16)),
     "LeJEPA": lambda encoder: LeJEPA(encoder, projector_dims=(32, 32, 8), num_slices=64),
     "MaskedTokenModeling": lambda encoder: MaskedTokenModeling(encoder, tokenizer(sureness=10), mask_layer=1),
     "SPADTokenizer": lambda encoder: SPADTokenizer(tokenizer(), discriminator(), EncoderFeatures(encoder)),

@@ -60,7 +60,8 @@ def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
 
 
 def test_bf16_autocast_gives_the_same_loss_to_its_precision(make, size):
-    method, data = make(encoder(size)), batch(size)
+    # Of four images batch norm would magnify the rounding to 3 % of the loss and more.
+    method, data = make(encoder(size)), batch(size, 32)
     torch.manual_seed(1)
     expected = copy.deepcopy(method)(data)["loss"]
     torch.manual_seed(1)

@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce, sigreg
-from biovfm_monai.methods import IJEPA, LeJEPA, MoCoV3, SimMIM
+from biovfm_monai.methods import IJEPA, BarlowTwins, LeJEPA, MoCoV3, SimMIM
 from biovfm_monai.methods.teacher import rising
 from biovfm_monai.networks import ViT, block_mask, sincos_positions
 from biovfm_monai.networks.masking import block_size, context_and_targets, cube_mask
@@ -32,6 +32,10 @@ def ijepa(network=None, **options):
 
 def lejepa(network=None, **options):
     return LeJEPA(network or encoder(), projector_dims=(32, 8), num_slices=64, **options)
+
+
+def barlow(network=None, **options):
+    return BarlowTwins(network or encoder(), projector_dims=(32, 32, 12), **options)
 
 
 def crops(views=2, n=4, size=(32, 32)):
@@ -275,6 +279,47 @@ def test_moco_v3_has_the_published_heads():
     assert rows == [(4096, 24), (4096, 4096), (256, 4096), (4096, 256), (256, 4096)]
 
 
+# Barlow Twins
+
+
+@pytest.mark.parametrize("weight", [5e-3, 0.7])
+def test_barlow_twins_equals_the_formula(weight):
+    method, views = barlow(redundancy_weight=weight), crops(n=6)
+    found = method({"global_crops": views})
+    first, second = (
+        method.projector[:-1](method.encoder(view)[:, 1:].mean(1)).double().detach().numpy() for view in views
+    )
+    invariance = redundancy = 0.0
+    for i in range(12):
+        for j in range(12):
+            one, other = first[:, i] - first[:, i].mean(), second[:, j] - second[:, j].mean()
+            # Of numbers that hardly vary, eps in the batch norm counts.
+            lengths = math.sqrt((one**2 + 1e-5).sum() * (other**2 + 1e-5).sum())
+            correlation = sum(a * b for a, b in zip(one, other, strict=True)) / lengths
+            invariance += (1 - correlation) ** 2 if i == j else 0
+            redundancy += correlation**2 if i != j else 0
+    assert found["invariance"].item() == pytest.approx(invariance, rel=1e-3)
+    assert found["redundancy"].item() == pytest.approx(redundancy, rel=1e-3)
+    assert found["loss"].item() == pytest.approx(invariance + weight * redundancy, rel=1e-3)
+
+
+def test_barlow_twins_loses_nothing_on_equal_views_of_uncorrelated_numbers():
+    method = barlow()
+    # Rows of a Hadamard matrix without its constant column: mean 0, variance 1, no two columns correlated.
+    rows = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(1, 13)] for i in range(16)])
+    method.encoder.forward = lambda images, degree: rows.repeat(2, 1)[:, None]
+    method.encoder.num_prefix_tokens, method.projector = 0, torch.nn.Identity()
+    assert method({"global_crops": crops(n=16)})["loss"].item() == pytest.approx(0, abs=1e-9)
+
+
+def test_barlow_twins_has_the_published_projector():
+    with torch.device("meta"):
+        method = BarlowTwins(encoder())
+    assert [tuple(p.shape) for p in method.projector.parameters()] == [
+        (8192, 24), (8192,), (8192,), (8192, 8192), (8192,), (8192,), (8192, 8192),
+    ]  # fmt: skip
+
+
 # SimMIM
 
 
@@ -390,7 +435,7 @@ def test_lejepa_looks_along_other_directions_in_each_step_and_goes_on_from_a_sta
 
 # All of them
 
-ALL = [moco, lejepa, ijepa, lambda network: SimMIM(network, mask_size=16)]
+ALL = [moco, barlow, lejepa, ijepa, lambda network: SimMIM(network, mask_size=16)]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -419,7 +464,8 @@ def test_a_state_is_tensors_alone(make):
     ("make", "name", "view"),
     [
         (moco, "global_crops", "MultiCrop"), (lejepa, "global_crops", "MultiCrop"),
-        (ijepa, "image", "RandomResizedCrop"), (SimMIM, "image", "RandomResizedCrop"),
+        (barlow, "global_crops", "MultiCrop"), (ijepa, "image", "RandomResizedCrop"),
+        (SimMIM, "image", "RandomResizedCrop"),
     ],
 )  # fmt: skip
 def test_a_batch_without_its_views_is_refused_and_told_where_they_come_from(make, name, view):
@@ -427,7 +473,7 @@ def test_a_batch_without_its_views_is_refused_and_told_where_they_come_from(make
         make(encoder())({})
 
 
-@pytest.mark.parametrize(("make", "views"), [(moco, 1), (moco, 3), (lejepa, 1)])
+@pytest.mark.parametrize(("make", "views"), [(moco, 1), (moco, 3), (barlow, 1), (barlow, 3), (lejepa, 1)])
 def test_a_wrong_number_of_views_is_refused(make, views):
     with pytest.raises(InputError, match=rf"compares 2 .*the batch has {views}"):
         make()({"global_crops": crops(views)})
