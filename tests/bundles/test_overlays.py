@@ -8,12 +8,13 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigWorkflow
 
+from biovfm_monai import methods
 from biovfm_monai.checkpoints import load_encoder, load_tokenizer, save_tokenizer
 from biovfm_monai.networks import SoftTokenizer
 from biovfm_monai.shipped import copy_bundle
 
 pytestmark = pytest.mark.xdist_group("bundle")
-METHODS = ["dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer"]
+METHODS = ["barlow_twins", "dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer"]
 SMALL = {
     "moco_v3": {"method::hidden_dim": 64},
     "dinov2": {"method::hidden_dim": 64, "views::num_local": 2},
@@ -54,3 +55,16 @@ def test_an_overlay_of_a_method_trains_and_leaves_a_network(root, method):
     assert encoder(torch.zeros(1, encoder.in_channels, *size)).isfinite().all()
     lines = (root / "eval/log.jsonl").read_text().splitlines()
     assert torch.tensor(json.loads(lines[-1])["loss"]).isfinite()
+
+
+def test_every_method_has_an_overlay_and_a_section_in_the_docs():
+    public = set(methods.__all__) - {"SSLMethod"}
+    named = {}
+    for path in (ROOT / "configs").glob("*.json"):
+        target = json.loads(path.read_text()).get("method", {}).get("_target_")
+        if target:
+            named[target.rpartition(".")[2]] = path.stem
+    assert set(named) == public
+    assert set(METHODS) == set(named.values()) - {"mae"}
+    text = (ROOT / "docs/methods.md").read_text()
+    assert [stem for stem in named.values() if f"{stem}.json" not in text] == []

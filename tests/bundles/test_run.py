@@ -313,7 +313,10 @@ def test_the_info_and_embed_commands_use_an_encoder_file(trained, tmp_path):
     ("arguments", "words"),
     [
         (("info", "nowhere.safetensors"), "nowhere.safetensors: no such encoder file"),
-        (("bundle", "unknown", "."), "there is no bundle 'unknown', but biovfm_dinov2_pretraining, biovfm_mae_pretraining"),
+        (
+            ("bundle", "unknown", "."),
+            "there is no bundle 'unknown', but biovfm_dinov2_pretraining, biovfm_mae_pretraining",
+        ),
         (("embed", "--encoder", "x"), "name at least one image"),
         (("embed", "scan.nii.gz", "--encoder", "x"), "scan.nii.gz: no such file or folder"),
     ],
