@@ -204,10 +204,10 @@ def test_the_command_prints_the_table(mess, tmp_path, run):
 
 
 def test_a_patient_is_in_one_section_in_every_run_and_every_folder(tmp_path):
-    for folder in ("a", "b"):
+    for root, folder in enumerate(("a", "b"), 1):
         for number in range(12):
             (tmp_path / folder).mkdir(exist_ok=True)
-            write_dicom(tmp_path / folder / f"p{number}/x.dcm", f"{folder}.{number}", PatientID=f"P{number}")
+            write_dicom(tmp_path / folder / f"p{number}/x.dcm", f"{root}.{number}", PatientID=f"P{number}")
 
     def sections(name):
         index([tmp_path / "a", tmp_path / "b"], tmp_path / name / "datalist.json", test=0.5)
