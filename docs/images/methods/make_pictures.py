@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 SIZE, PATCH = 224, 16
 GRID = (1, SIZE // PATCH, SIZE // PATCH)
 LENGTH = math.prod(GRID)
-GREY, RED, WHITE = (0.82, 0.82, 0.82), (0.9, 0.1, 0.1), (1.0, 1.0, 1.0)
+GREY, RED = (0.82, 0.82, 0.82), (0.9, 0.1, 0.1)
 Panel = tuple[str, np.ndarray]
 
 
