@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
 from biovfm_monai.networks.patch_embed import predict_patches
@@ -95,7 +95,7 @@ class MAE(SSLMethod):
         return unpatchify(masked, stride, patches.grid_size), unpatchify(filled, stride, patches.grid_size)
 
     def _patches(self, batch: Mapping[str, Tensor]) -> Patches:
-        return self.encoder.patchify(batch["image"], degree_of_batch(batch))
+        return self.encoder.patchify(images_of_batch(batch, "image"), degree_of_batch(batch))
 
     def _mask(self, patches: Patches, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         b, length = patches.voxels.shape[:2]

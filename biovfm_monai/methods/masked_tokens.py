@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
 from biovfm_monai.networks import Patches, SoftTokenizer, ViT, random_mask, take_tokens
 from biovfm_monai.networks.blocks import init_weights
@@ -52,11 +52,12 @@ class MaskedTokenModeling(SSLMethod):
         batch["anisotropy"], if there, is the degree of anisotropy of all its images; batch["key"] tells what is hidden
         of each. "kl" is the loss without the entropy of the soft tokens, which no prediction could take away.
         """
-        patches = self.encoder.patchify(batch["image"], degree_of_batch(batch))
+        image = images_of_batch(batch, "image")
+        patches = self.encoder.patchify(image, degree_of_batch(batch))
         b, length = patches.voxels.shape[:2]
         keys = keys_of_batch(batch, b, patches.voxels.device)
         keep, hidden = random_mask(keys, length, self.mask_ratio)
-        logits = self.tokenizer(batch["image"], patches.anisotropy).flatten(2).transpose(1, 2)
+        logits = self.tokenizer(image, patches.anisotropy).flatten(2).transpose(1, 2)
         target = take_tokens(logits, hidden).float().log_softmax(2)
         predicted = self.head(self._encode(patches, keep, hidden)).float().log_softmax(2)
         loss = -(target.exp() * predicted).sum(2).mean()

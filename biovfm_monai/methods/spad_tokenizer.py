@@ -15,7 +15,7 @@ from biovfm_monai.draws import uniform
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.networks import PatchDiscriminator, SoftTokenizer, take_tokens
 
 __all__ = ["SPADTokenizer"]
@@ -79,7 +79,7 @@ class SPADTokenizer(SSLMethod):
         batch["anisotropy"], if there, is the degree of anisotropy of all its images; batch["key"] tells which slices
         of a volume are compared by their features.
         """
-        image, degree = self.encoder.prepare(batch["image"], degree_of_batch(batch))
+        image, degree = self.encoder.prepare(images_of_batch(batch, "image"), degree_of_batch(batch))
         log_p = self.encoder(image, degree).float().log_softmax(1)
         decoded = self.encoder.decode(log_p.exp(), degree)
         terms = {
@@ -101,7 +101,7 @@ class SPADTokenizer(SSLMethod):
             The image decoded from the likeliest code of each position alone, and that from its soft tokens; both
             B x C x D x H x W.
         """
-        image, degree = self.encoder.prepare(batch["image"], degree_of_batch(batch))
+        image, degree = self.encoder.prepare(images_of_batch(batch, "image"), degree_of_batch(batch))
         soft = self.encoder(image, degree).float().softmax(1)
         hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
         return self.encoder.decode(hard, degree).float(), self.encoder.decode(soft, degree).float()

@@ -1,8 +1,6 @@
 """Every method obeys the contract of `SSLMethod`; add a line to METHODS in methods.py for a new one."""
 
 import copy
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from methods import METHODS, SIZES, batch, encoder
+from processes import TORCHRUN, call
+
+from biovfm_monai.errors import InputError
 
 SCRIPT = str(Path(__file__).with_name("gradients.py"))
 
@@ -101,6 +102,11 @@ def test_three_lines_of_python_are_all_it_takes(make):
     make(encoder((32, 32)))(batch((32, 32)))["loss"].backward()
 
 
+def test_a_batch_without_images_is_refused_by_the_name_of_what_is_missing(make):
+    with pytest.raises(InputError, match=r'the batch has no "(image|global_crops)"\. Let biovfm_monai\.data\.'):
+        make(encoder((32, 32)))({"key": torch.arange(2)})
+
+
 @pytest.mark.parametrize("degree", [0, 2, 5])
 def test_thick_slices_and_2d_images_train_an_encoder_of_volumes(make, degree):
     size = (32, 32, 32)
@@ -122,19 +128,9 @@ def test_a_trained_encoder_can_be_had(make, size):
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """All methods in one go, since starting processes takes longer than their gradients."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command in ([sys.executable], launcher):
-        out = tmp_path / f"{len(command)}.pt"
-        with subprocess.Popen([*command, SCRIPT, str(out)], env=environment, stderr=subprocess.PIPE, text=True) as run:
-            try:
-                _, errors = run.communicate(timeout=240)
-            except subprocess.TimeoutExpired:
-                run.terminate()
-                run.communicate(timeout=60)
-                raise
-        assert run.returncode == 0, errors
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, len(launcher)))
+    call([sys.executable, SCRIPT, tmp_path / "1.pt"], tmp_path)
+    call([*TORCHRUN, 2, SCRIPT, tmp_path / "2.pt"], tmp_path)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert one.keys() == two.keys()
     largest = defaultdict(float)
     for name, expected in one.items():

@@ -1,19 +1,16 @@
 """Two Gloo processes under torchrun are the same as one."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import TORCHRUN, call
 
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 ENCODER = str(Path(__file__).with_name("spatially_adaptive.py"))
 
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 SAMPLES = """
 import sys
 from biovfm_monai import data, distributed
@@ -43,21 +40,6 @@ found = {"rows": sorted(rows.tolist()), "usage": usage.item(), "read": sum(len(x
 Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 distributed.finalize()
 """
-
-
-def call(command, out):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(list(map(str, command)), env=environment, **pipes) as process:
-        try:
-            printed, errors = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            # torchrun ends its workers when it is asked to end; killed, it would leave them behind.
-            process.terminate()
-            process.communicate(timeout=60)
-            raise
-    assert process.returncode == 0, errors
-    return printed
 
 
 def launch(processes, out, accumulation=1, epochs=2, resume="anew"):
