@@ -26,6 +26,11 @@ _SHARP = 0.1
 _GREY = torch.tensor([0.299, 0.587, 0.114])
 # Luminance, and two axes of colour that hue turns about (NTSC's YIQ).
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_FROM_YIQ = torch.linalg.inv(_YIQ)
+# Hue and saturation leave luminance as it is, and scale and turn the other two axes.
+_LUMINANCE = _FROM_YIQ[:, :1] @ _YIQ[:1]
+_COLOUR = _FROM_YIQ[:, 1:] @ _YIQ[1:]
+_TURNED = torch.outer(_FROM_YIQ[:, 2], _YIQ[1]) - torch.outer(_FROM_YIQ[:, 1], _YIQ[2])
 # Optical densities of haematoxylin, eosin and DAB (Ruifrok and Johnston 2001, https://pubmed.ncbi.nlm.nih.gov/11531144/).
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _DARKEST = 1 / 256
@@ -109,7 +114,7 @@ def apply_changes(image: Tensor, changes: Changes) -> Tensor:
     image = _on_rows(image, changes.blur > 0, _blurred, changes.blur)
     image = _on_rows(image, changes.pixel > 1, _coarser, changes.pixel)
     image = _on_rows(image, changes.noise > 0, _noisy, changes.noise, changes.seed)
-    return _on_rows(image, changes.solarise, lambda x: torch.where(x < 0.5, x, 1 - x))
+    return _on_rows(image, changes.solarise, lambda x: torch.minimum(x, 1 - x))
 
 
 def _on_rows(image: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
@@ -151,11 +156,8 @@ def _scaled(image: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
 
 
 def _mixed(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    angle = 2 * math.pi * hue
-    turn = torch.eye(3).repeat(len(hue), 1, 1)
-    turn[:, 1, 1] = turn[:, 2, 2] = angle.cos() * saturation
-    turn[:, 1, 2], turn[:, 2, 1] = -angle.sin() * saturation, angle.sin() * saturation
-    matrix = torch.linalg.inv(_YIQ) @ turn @ _YIQ * (brightness * contrast)[:, None, None]
+    turn = torch.polar(saturation * brightness * contrast, 2 * math.pi * hue)[:, None, None]
+    matrix = (brightness * contrast)[:, None, None] * _LUMINANCE + turn.real * _COLOUR + turn.imag * _TURNED
     offset = (_grey(image) * (brightness * (1 - contrast)).to(image.device))[:, None, None]
     matrix = matrix.to(image.device, image.dtype, non_blocking=True)
     return torch.baddbmm(offset, matrix, image.flatten(2)).clamp_(0, 1).view_as(image)
@@ -180,13 +182,16 @@ def _blurred(image: Tensor, deviation: Tensor) -> Tensor:
     offsets = torch.arange(-reach, reach + 1.0)
     kernel = (-0.5 * (offsets / deviation[:, None]).square()).exp()
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.device, image.dtype, non_blocking=True)
-    planes = image.flatten(1, 2)
-    b, n = planes.shape[:2]
-    weight = kernel.repeat_interleave(n, 0)[:, None]
-    x = planes.reshape(1, b * n, *planes.shape[2:])
-    x = F.pad(x, [reach] * 4, mode="replicate")
-    x = F.conv2d(x, weight[..., None], groups=b * n)
-    return F.conv2d(x, weight[:, :, None], groups=b * n).view_as(image)
+    weights = kernel.T[..., None, None, None, None]
+    for axis in (3, 4):
+        # A sum of moved images: torch's convolution with a kernel per image takes several times as long.
+        ends = (0, 0, reach, reach) if axis == 3 else (reach, reach, 0, 0)
+        wide = F.pad(image.flatten(1, 2), ends, mode="replicate").unflatten(1, image.shape[1:3])
+        moved = [wide.narrow(axis, start, image.shape[axis]) for start in range(2 * reach + 1)]
+        image = moved[0] * weights[0]
+        for one, weight in zip(moved[1:], weights[1:], strict=True):
+            image.addcmul_(one, weight)
+    return image
 
 
 def _coarser(image: Tensor, pixel: Tensor) -> Tensor:
