@@ -153,6 +153,12 @@ class RandomResizedCrop:
         Raises:
             InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume.
         """
+        views = self.empty(image, len(drawn.maps) // max(len(image), 1), anisotropy)
+        self.write(image, drawn, views)
+        return views.transpose(0, 1).flatten(0, 1)
+
+    def empty(self, image: Tensor, several: int, anisotropy: int = 0) -> Tensor:
+        """Room for several views of B images, several x B x C x (D) x H x W; errors as in `apply`."""
         if len(self.img_size) == 2:
             if image.shape[2] != 1:
                 raise InputError(
@@ -160,15 +166,20 @@ class RandomResizedCrop:
                 )
         elif image.shape[2] == 1 < self._size(anisotropy)[0]:
             raise InputError("crops of one slice do not make volumes. Give --crop_size three numbers too.")
-        count, channels, size = len(drawn.maps), image.shape[1], self._size(anisotropy)
-        views = image.new_empty(count, channels, *size, dtype=torch.float32)
-        several = count // max(len(image), 1)
-        step = max(_AT_ONCE // (several * channels * math.prod(size)), 1) if image.device.type == "cpu" else len(image)
+        return image.new_empty(several, *image.shape[:2], *self._size(anisotropy), dtype=torch.float32)
+
+    def write(self, image: Tensor, drawn: Drawn, views: Tensor) -> None:
+        """As `apply`, into views as from `empty`."""
+        several, step = len(views), max(len(image), 1)
+        if image.device.type == "cpu":
+            step = max(_AT_ONCE // (several * math.prod(views.shape[2:])), 1)
+        zero = torch.tensor(-self.mean / self.std)
         for first in range(0, len(image), step):
+            images = slice(first, first + step)
             rows = slice(first * several, (first + step) * several)
-            made = self._made(image[first : first + step], _part(drawn, rows), size)
-            torch.div(made.sub_(self.mean), self.std, out=views[rows])
-        return views
+            made = self._made(image[images], _part(drawn, rows), views.shape[3:])
+            made = made.unflatten(0, (-1, several)).transpose(0, 1)
+            torch.add(zero.to(made.device), made, alpha=1 / self.std, out=views[:, images])
 
     def _made(self, image: Tensor, drawn: Drawn, size: tuple[int, ...]) -> Tensor:
         """Views of some images, in [0, 1]."""
@@ -244,18 +255,17 @@ class MultiCrop:
         """Move a batch to the device; of "image" make "global_crops", "local_crops": views x B x C x (D) x H x W."""
         image, degree = batch["image"].to(device, non_blocking=non_blocking), _degree(batch)
         keys = batch["key"].cpu() if "key" in batch else random_keys(image.shape[0])
-        kinds = [(view, 1) for view in self.global_views]
-        kinds += [(self.local_view, self.num_local)] if self.local_view is not None else []
-        views, number = [], 0
-        for view, several in kinds:
-            own = torch.stack([forked(keys, n) for n in range(number, number + several)], dim=1)
-            drawn = view.draw(image, degree, own.flatten(), batch.get("modality"))
-            views.append(view.apply(image, drawn, degree).unflatten(0, own.shape).transpose(0, 1))
-            number += several
+        made = {name: value for name, value in batch.items() if name != "image"} | {"key": keys}
         large = len(self.global_views)
-        made = {name: value for name, value in batch.items() if name != "image"}
-        made |= {"key": keys, "global_crops": torch.cat(views[:large])}
-        return made | ({"local_crops": views[-1]} if self.local_view is not None else {})
+        made["global_crops"] = crops = self.global_views[0].empty(image, large, degree)
+        plan = [(view, crops[n : n + 1]) for n, view in enumerate(self.global_views)]
+        if self.local_view is not None and self.num_local:
+            made["local_crops"] = crops = self.local_view.empty(image, self.num_local, degree)
+            plan.append((self.local_view, crops))
+        for first, (view, crops) in enumerate(plan):
+            own = torch.stack([forked(keys, first + n) for n in range(len(crops))], dim=1).flatten()
+            view.write(image, view.draw(image, degree, own, batch.get("modality")), crops)
+        return made
 
 
 def _grid(maps: Tensor, size: Sequence[int]) -> Tensor:
