@@ -173,13 +173,13 @@ class RandomResizedCrop:
         several, step = len(views), max(len(image), 1)
         if image.device.type == "cpu":
             step = max(_AT_ONCE // (several * math.prod(views.shape[2:])), 1)
-        zero = torch.tensor(-self.mean / self.std)
+        zero = torch.tensor(-self.mean / self.std, device=views.device)
         for first in range(0, len(image), step):
             images = slice(first, first + step)
             rows = slice(first * several, (first + step) * several)
             made = self._made(image[images], _part(drawn, rows), views.shape[3:])
             made = made.unflatten(0, (-1, several)).transpose(0, 1)
-            torch.add(zero.to(made.device), made, alpha=1 / self.std, out=views[:, images])
+            torch.add(zero, made, alpha=1 / self.std, out=views[:, images])
 
     def _made(self, image: Tensor, drawn: Drawn, size: tuple[int, ...]) -> Tensor:
         """Views of some images, in [0, 1]."""
