@@ -19,8 +19,8 @@ from biovfm_monai.errors import InputError
 __all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
 
 _FLIPS = Policy()
-# What fits into a core's own cache; each pass over more waits for memory, and for the system to hand it out.
-_AT_ONCE = 2**18
+# Numbers that a core's cache holds; each pass over more waits for memory, and for the system to hand it out.
+_AT_ONCE = 2**19
 
 
 class Drawn(NamedTuple):
@@ -174,27 +174,28 @@ class RandomResizedCrop:
         if image.device.type == "cpu":
             step = max(_AT_ONCE // (several * math.prod(views.shape[2:])), 1)
         zero = torch.tensor(-self.mean / self.std, device=views.device)
+        axes = [(2 * torch.arange(n, device=views.device) + 1) / n - 1 for n in views.shape[3:]]
         for first in range(0, len(image), step):
             images = slice(first, first + step)
             rows = slice(first * several, (first + step) * several)
-            made = self._made(image[images], _part(drawn, rows), views.shape[3:])
+            made = self._made(image[images], _part(drawn, rows), axes)
             made = made.unflatten(0, (-1, several)).transpose(0, 1)
             torch.add(zero, made, alpha=1 / self.std, out=views[:, images])
 
-    def _made(self, image: Tensor, drawn: Drawn, size: tuple[int, ...]) -> Tensor:
+    def _made(self, image: Tensor, drawn: Drawn, axes: list[Tensor]) -> Tensor:
         """Views of some images, in [0, 1]."""
-        image = _as_float(image).flatten(2, 5 - len(size))
-        # Only what is turned shows what lies beyond the source.
-        beyond = (drawn.maps[:, :, :-1].abs().sum(2) + drawn.maps[:, :, -1].abs()).amax() > 1 + 1e-5
-        grid = _grid(drawn.maps.to(image.device, non_blocking=True), size)
+        image = _as_float(image).flatten(2, 5 - len(axes))
+        grid = _grid(drawn.maps.to(image.device, non_blocking=True), axes)
+        # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
+        if (drawn.maps[:, :, :-1].abs().sum(2) + drawn.maps[:, :, -1].abs()).amax() > 1:
+            grid = grid.lerp_(grid.clamp(-1, 1), 2)
         # Several views of an image are sampled as one that is as many times as long.
         tall = grid.unflatten(0, (len(image), -1)).flatten(1, 2)
-        mode = "reflection" if beyond else "border"
-        view = F.grid_sample(image, tall, mode="bilinear", padding_mode=mode, align_corners=False)
-        view = view.unflatten(2, (-1, size[0])).movedim(2, 1).flatten(0, 1)
+        view = F.grid_sample(image, tall, mode="bilinear", padding_mode="border", align_corners=False)
+        view = view.unflatten(2, (-1, len(axes[0]))).movedim(2, 1).flatten(0, 1)
         if drawn.changes is None:
             return view
-        volume = view.unsqueeze(2) if len(size) == 2 else view
+        volume = view.unsqueeze(2) if len(axes) == 2 else view
         return apply_changes(volume, drawn.changes).view_as(view)
 
     def __call__(
@@ -268,9 +269,9 @@ class MultiCrop:
         return made
 
 
-def _grid(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """As `F.affine_grid` of B x dims x (dims + 1) and (D x) H x W, which takes a matrix product many times as long."""
-    axes = [(2 * torch.arange(n, device=maps.device, dtype=maps.dtype) + 1) / n - 1 for n in size]
+def _grid(maps: Tensor, axes: list[Tensor]) -> Tensor:
+    """As `F.affine_grid` of B x dims x (dims + 1), at places along (depth,) height, width, many times as fast."""
+    size = [len(places) for places in axes]
     if len(size) == 2:
         # As complex numbers, x and y are added in one go.
         x, y, centre = torch.view_as_complex(maps.transpose(1, 2).contiguous()).unbind(1)
