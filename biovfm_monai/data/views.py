@@ -20,7 +20,7 @@ __all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
 
 _FLIPS = Policy()
 # Numbers that a core's cache holds; each pass over more waits for memory, and for the system to hand it out.
-_AT_ONCE = 2**19
+_AT_ONCE = 2**20
 
 
 class Drawn(NamedTuple):
@@ -178,25 +178,15 @@ class RandomResizedCrop:
         for first in range(0, len(image), step):
             images = slice(first, first + step)
             rows = slice(first * several, (first + step) * several)
-            made = self._made(image[images], _part(drawn, rows), axes)
-            made = made.unflatten(0, (-1, several)).transpose(0, 1)
+            part, some = _part(drawn, rows), image[images]
+            # On the CPU one image and its grid stay in the cache.
+            each = 1 if image.device.type == "cpu" else max(len(some), 1)
+            pairs = zip(some.split(each), part.maps.split(each * several), strict=True)
+            made = torch.cat([_sampled(one, maps, axes) for one, maps in pairs])
+            if part.changes is not None:
+                made = apply_changes(made, part.changes)
+            made = made.view(-1, several, *views.shape[2:]).transpose(0, 1)
             torch.add(zero, made, alpha=1 / self.std, out=views[:, images])
-
-    def _made(self, image: Tensor, drawn: Drawn, axes: list[Tensor]) -> Tensor:
-        """Views of some images, in [0, 1]."""
-        image = _as_float(image).flatten(2, 5 - len(axes))
-        grid = _grid(drawn.maps.to(image.device, non_blocking=True), axes)
-        # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
-        if (drawn.maps[:, :, :-1].abs().sum(2) + drawn.maps[:, :, -1].abs()).amax() > 1:
-            grid = grid.lerp_(grid.clamp(-1, 1), 2)
-        # Several views of an image are sampled as one that is as many times as long.
-        tall = grid.unflatten(0, (len(image), -1)).flatten(1, 2)
-        view = F.grid_sample(image, tall, mode="bilinear", padding_mode="border", align_corners=False)
-        view = view.unflatten(2, (-1, len(axes[0]))).movedim(2, 1).flatten(0, 1)
-        if drawn.changes is None:
-            return view
-        volume = view.unsqueeze(2) if len(axes) == 2 else view
-        return apply_changes(volume, drawn.changes).view_as(view)
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
@@ -267,6 +257,20 @@ class MultiCrop:
             own = torch.stack([forked(keys, first + n) for n in range(len(crops))], dim=1).flatten()
             view.write(image, view.draw(image, degree, own, batch.get("modality")), crops)
         return made
+
+
+def _sampled(image: Tensor, maps: Tensor, axes: list[Tensor]) -> Tensor:
+    """What V B maps show of B x C x D x H x W, at places along (depth,) height, width: V B x C x D x H x W."""
+    image = _as_float(image).flatten(2, 5 - len(axes))
+    grid = _grid(maps.to(image.device, non_blocking=True), axes)
+    # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
+    if (maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()).amax() > 1:
+        grid = grid.lerp_(grid.clamp(-1, 1), 2)
+    # Several views of an image are sampled as one that is as many times as long.
+    tall = grid.unflatten(0, (len(image), -1)).flatten(1, 2)
+    view = F.grid_sample(image, tall, mode="bilinear", padding_mode="border", align_corners=False)
+    view = view.unflatten(2, (-1, len(axes[0]))).movedim(2, 1).flatten(0, 1)
+    return view.unsqueeze(2) if len(axes) == 2 else view
 
 
 def _grid(maps: Tensor, axes: list[Tensor]) -> Tensor:
