@@ -6,10 +6,11 @@ Two large and eight small views, ViT-S/16, heads of 2048-2048-256. The peer is l
 (https://docs.lightly.ai/self-supervised-learning/examples/dinov2.html) rebuilt from torch and Pillow, since
 torchvision, which lightly needs, is no dependency of ours: views one by one (`views_speed.py`), student passes of
 large and small views apart, DINO's head with weight norm, centred teacher, losses of DINO, iBOT and KoLeo, AdamW,
-the teacher's weights one by one. Its encoder and its masks are ours, which leaves both the same blocks. Ours are
-`MultiCrop`, which packs views, `DINOv2` with Sinkhorn's sharing, and a fused AdamW. All variants take turns, and
-medians are compared. `--ready` makes the views once, as if enough other processes made them. On a GPU ours is
-measured with ViT-L/16, too; "share" is as in `mae_speed.py`.
+the teacher's weights one by one. Its encoder and its masks
+are ours, which leaves both the same blocks, with a mean drop-path rate of lightly's 0.1. Ours are `MultiCrop`,
+`DINOv2`, which packs views and shares out by Sinkhorn, and a fused AdamW. All variants take turns, and medians are
+compared. `--ready` makes the views once, as if enough other processes made them. On a GPU ours is measured with
+ViT-L/16, too; "share" is as in `mae_speed.py`, drop-path counted as if nothing were left out.
 """
 
 from __future__ import annotations
@@ -57,13 +58,28 @@ class PeersHead(nn.Module):
         return self.last(F.normalize(self.layers(x), dim=-1))
 
 
+class PeersBlock(nn.Module):
+    """A block of ours in which what drop-path leaves out is computed and set to zero, as in timm."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, turn: None = None, lengths: None = None) -> Tensor:
+        """Map B x N x embed_dim to the same."""
+        own = self.block
+        x = x + own.drop_path(own.attn(own.norm1(x), turn, lengths))
+        return x + own.drop_path(own.mlp(own.norm2(x)))
+
+
 class Peer(nn.Module):
     """The published design: student and teacher, each an encoder and a head."""
 
     def __init__(self, encoder: ViT, prototypes: int) -> None:
         super().__init__()
+        encoder.blocks = nn.ModuleList(PeersBlock(block) for block in encoder.blocks)
         self.student = nn.ModuleDict({"encoder": encoder, "head": PeersHead(encoder.embed_dim, prototypes)})
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.mask_token = nn.Parameter(torch.zeros(encoder.embed_dim))
         self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("patch_center", torch.zeros(prototypes))
@@ -211,8 +227,8 @@ def main() -> None:
     device, bf16, size = arguments.device, torch.bfloat16, (arguments.img_size, arguments.img_size)
     print(f"torch {torch.__version__}, {device}, {arguments.threads} threads, {arguments.rounds} rounds")
     ours, peers = sources(arguments)
-    method = our_method(vit_small(3, size), arguments)
-    peer = Peer(vit_small(3, size), arguments.prototypes).to(device)
+    method = our_method(vit_small(3, size, drop_path_rate=0.2), arguments)
+    peer = Peer(vit_small(3, size, drop_path_rate=0.2), arguments.prototypes).to(device)
     flops = {"ViT-S": count_flops(method, ours())}
     calls = {
         "ours fp32": our_step(method, ours, None, device), "ours bf16": our_step(method, ours, bf16, device),
