@@ -10,7 +10,7 @@ the teacher's weights one by one. Its encoder and its masks
 are ours, which leaves both the same blocks, with a mean drop-path rate of lightly's 0.1. Ours are `MultiCrop`,
 `DINOv2`, which packs views and shares out by Sinkhorn, and a fused AdamW. All variants take turns, and medians are
 compared. `--ready` makes the views once, as if enough other processes made them. On a GPU ours is measured with
-ViT-L/16, too; "share" is as in `mae_speed.py`, drop-path counted as if nothing were left out.
+ViT-L/16, too; "share" is as in `mae_speed.py`, of the operations of one draw of drop-path.
 """
 
 from __future__ import annotations

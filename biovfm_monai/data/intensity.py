@@ -174,9 +174,11 @@ def _raised(image: Tensor, gamma: Tensor, inverted: Tensor) -> Tensor:
 
 def _blurred(image: Tensor, deviation: Tensor) -> Tensor:
     """Gaussian blur in the plane, each image by its own."""
-    reach = max(math.ceil(3 * float(deviation.max())), 1)
+    # Each image's own, so that it does not matter with which others it is blurred.
+    reaches = (3 * deviation).ceil().clamp(min=1)
+    reach = int(reaches.max())
     offsets = torch.arange(-reach, reach + 1.0)
-    kernel = (-0.5 * (offsets / deviation[:, None]).square()).exp()
+    kernel = (-0.5 * (offsets / deviation[:, None]).square()).exp() * (offsets.abs() <= reaches[:, None])
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.device, image.dtype, non_blocking=True)
     weights = kernel.T[..., None, None, None, None].unbind()
     for axis in (3, 4):
