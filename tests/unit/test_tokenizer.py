@@ -71,6 +71,13 @@ def test_thick_slices_have_the_tokens_of_the_slices_repeated(degree):
     )
 
 
+def test_how_thick_slices_are_is_known_by_their_affine():
+    net, affine = small(), torch.diag(torch.tensor([5.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+    image = MetaTensor(torch.randn(2, 1, 4, 16, 16), affine=affine.expand(2, 4, 4))
+    torch.testing.assert_close(net(image), net(image.as_tensor(), 1))
+    torch.testing.assert_close(net(image, 2), net(image.as_tensor(), 2))
+
+
 def test_a_2d_image_is_a_volume_of_depth_1_and_degree_5():
     net, image = small(), torch.randn(2, 1, 16, 24)
     torch.testing.assert_close(net(image), net(image[:, :, None], 5))
@@ -376,6 +383,18 @@ def test_the_loss_equals_the_slow_implementation(degree, size, rope, mask_layer)
     torch.testing.assert_close(out["kl"], kl)
 
 
+@pytest.mark.parametrize("image", [torch.randn(3, 1, 32, 32), torch.randn(2, 1, 16, 16, 16)])
+def test_always_predicting_the_mean_soft_token_has_the_marginal_entropy_as_loss(image):
+    method, keys = MaskedTokenModeling(encoder(rope="none"), sure()), random_keys(len(image))
+    out = method({"image": image, "key": keys})
+    grid = method.tokenizer.network(image).flatten(2).softmax(1)
+    hidden = random_mask(keys, grid.shape[2], 0.55)[1]
+    tokens = torch.cat([grid[n][:, hidden[n]].T for n in range(len(image))])
+    always = -(tokens * tokens.mean(0).log()).sum(1).mean()
+    torch.testing.assert_close(out["marginal_entropy"], always)
+    assert not out["marginal_entropy"].requires_grad
+
+
 @pytest.mark.parametrize("rope", ["index", "none"])
 def test_predictions_differ_by_place_though_mask_tokens_are_alike(rope):
     method = MaskedTokenModeling(encoder(rope=rope), small())
@@ -397,8 +416,8 @@ def test_the_tokenizer_is_a_frozen_copy_in_evaluation_mode():
 @pytest.mark.parametrize(
     ("options", "mask_layer", "message"),
     [
-        ({"strides": (4, 4)}, 0, r"tokens are 16 voxels wide, the encoder's patches \(8, 8, 8\)"),
-        ({"in_channels": 3}, 0, "tokenizer takes 3 channel"),
+        ({"strides": (4, 4)}, 0, r"tokens are 16 voxels wide, and the encoder's patches, \(8, 8, 8\), must be as wide"),
+        ({"in_channels": 3}, 0, "takes 3 channel.*--in_channels 3"),
         ({}, 3, "mask_layer 3 must be"),
         ({}, -4, "mask_layer -4 must be"),
     ],
@@ -409,6 +428,17 @@ def test_a_tokenizer_that_does_not_fit_the_encoder_is_refused(options, mask_laye
 
 
 # Files
+
+
+def test_a_missing_tokenizer_file_is_named_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.safetensors: no such .*spad_tokenizer_pretraining/configs/train\.json"):
+        load_tokenizer(tmp_path / "nowhere.safetensors")
+
+
+def test_a_tokenizer_from_a_file_that_does_not_fit_is_named_by_it(tmp_path):
+    save_tokenizer(small(strides=(4, 4)), tmp_path / "tokenizer.safetensors")
+    with pytest.raises(InputError, match=r"/tokenizer\.safetensors: its tokens are 16 .* Give --patch_size 16"):
+        MaskedTokenModeling(encoder(), load_tokenizer(tmp_path / "tokenizer.safetensors"))
 
 
 def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
