@@ -77,10 +77,10 @@ def write_samples(folder: str | Path) -> str:
 
     "training" holds slabs of eight axial slices of the T1 volume and all the other images. Between the slabs, three
     slices with two to spare on either side are held out. "mixed" holds these images, the slabs' slices once more as
-    volumes of slices 15 mm apart, and two isotropic volumes of another head (nibabel). "place_training" and "place_test" are labelled 64 x 64 crops
-    of the slabs and of the held-out slices for a probe: in which ninth of the brain (`PLACES`) does the crop's centre
-    lie? Each crop is turned, mirrored, zoomed and changed in contrast at random, so that no pixel sits where its
-    neighbour in a training slice does.
+    volumes of slices 15 mm apart, and two isotropic volumes of another head (nibabel). "place_training" and
+    "place_test" are labelled 64 x 64 crops of the slabs and of the held-out slices for a probe: in which ninth of the
+    brain (`PLACES`) does the crop's centre lie? Each crop is turned, mirrored, zoomed and changed in contrast at
+    random, so that no pixel sits where its neighbour in a training slice does.
 
     Of several processes only the main one writes, and the others wait for it.
 

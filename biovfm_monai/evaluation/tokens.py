@@ -1,4 +1,4 @@
-"""What a tokenizer is worth: how well it gives images back, and how many of its codes it uses (perplexity, as in https://arxiv.org/abs/1711.00937)."""
+"""What a tokenizer is worth: what decoding loses, and which codes are used (https://arxiv.org/abs/1711.00937)."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class TokenizerProbe:
 
     @torch.inference_mode()
     def run(self) -> dict[str, Any]:
-        """Errors, of images in [0, 1], of all crops and by modality and degree of anisotropy; and of the codes:
+        """Errors of images in [0, 1], of all crops, by modality and by degree of anisotropy; and the use of "codes".
 
-        "perplexity", the exponential of the entropy of their mean share p in the tokens, "in_use", how many have a
-        tenth of an even share or more, "likeliest", how many are the likeliest of a token; the mean "token_entropy",
-        and the "marginal_entropy" of p, what always predicting p has for a loss in masked modelling, in nats.
+        These are "perplexity", the exponential of the entropy of their mean share p in the tokens; "in_use", how many
+        have a tenth of an even share or more; "likeliest", how many are the likeliest of a token; the mean
+        "token_entropy"; and the "marginal_entropy" of p, the loss of always predicting p in masked modelling, in nats.
         """
         errors: dict[str, list[tuple[float, float]]] = {}
         shares, entropies = [], []

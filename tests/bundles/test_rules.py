@@ -160,7 +160,7 @@ STAGES = {
         "metadata.json": {"intended_use", "pred_classes", "network_data_format/outputs/pred"},
     },
     "spad_mim_pretraining": {
-        "train.json": {"section", "tokenizer_path", "train/dataset/zoom"},
+        "train.json": {"section", "tokenizer_path", "batch_size", "train/dataset/zoom"},
         "inference.json": {"section"},
     },
 }  # fmt: skip

@@ -431,7 +431,9 @@ def test_a_tokenizer_that_does_not_fit_the_encoder_is_refused(options, mask_laye
 
 
 def test_a_missing_tokenizer_file_is_named_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.safetensors: no such .*spad_tokenizer_pretraining/configs/train\.json"):
+    with pytest.raises(
+        InputError, match=r"nowhere\.safetensors: no such .*spad_tokenizer_pretraining/configs/train\.json"
+    ):
         load_tokenizer(tmp_path / "nowhere.safetensors")
 
 
