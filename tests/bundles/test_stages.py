@@ -88,23 +88,27 @@ def test_thin_and_thick_slices_and_2d_images_come_in_one_run_and_never_in_one_ba
     assert (degrees == degrees[:, :1]).all()
 
 
-def test_inference_of_a_tokenizer_writes_the_code_of_each_position(roots):
+def test_inference_of_a_tokenizer_writes_the_share_of_each_code_in_an_image(roots):
     first = roots[0]
     run(first, commands(STAGES[0], "inference")[0], {"img_size": [16, 32, 32]})
     rows = list(csv.reader((first / "eval/codes.csv").open()))
     items = json.loads((first / "samples/datalist.json").read_text())["mixed"]
     assert len(rows) == len(items)
-    volume = next(row for row in rows if "example4d" in row[0])
-    assert len(volume) == 1 + 2 * 4 * 4
-    assert 0 <= float(volume[1]) < 256
+    for row in rows:
+        assert len(row) == 1 + 256
+        assert sum(map(float, row[1:])) == pytest.approx(1, abs=1e-3)
 
 
 def test_evaluation_of_a_tokenizer_writes_what_is_lost_and_which_codes_are_used(roots):
     first = roots[0]
-    run(first, commands(STAGES[0], "evaluate")[0], {"probe::num_crops": 40, "probe::crop_size": [16, 32, 32]})
+    run(
+        first,
+        commands(STAGES[0], "evaluate")[0],
+        {"probe::num_crops": 12, "probe::crop_size": [16, 32, 32], "probe::seed": 4},
+    )
     scores = json.loads((first / "eval/tokenizer.json").read_text())
-    assert scores["all"]["crops"] == 40
-    assert {"anisotropy 0", "anisotropy 3", "anisotropy 5", "mri", "fundus"} <= set(scores)
+    assert scores["all"]["crops"] == 12
+    assert {"anisotropy 0", "anisotropy 3", "anisotropy 5", "mri"} <= set(scores)
     assert 0 < scores["all"]["l1"] < 1
     codes = scores["codes"]
     assert codes["likeliest"] <= codes["count"] == 256
