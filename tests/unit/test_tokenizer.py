@@ -1,16 +1,20 @@
 """The visual tokenizer, its training, and masked modelling of its tokens, against slow implementations and formulas."""
 
+import json
 import math
 
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 from torch import nn
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder, load_tokenizer, save_encoder, save_tokenizer
+from biovfm_monai.data import RandomCropDataset, training_transform
 from biovfm_monai.draws import random_keys
 from biovfm_monai.engines import EncoderHandler, PretrainingTrainer, parameter_groups
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation import TokenizerProbe, transform_of
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
@@ -453,6 +457,44 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
     info = encoder_info(path)
     assert info["network"] == {"_target_": "biovfm_monai.networks.SoftTokenizer", **net.arguments}
     assert info["preprocessing"] == {"mean": 0.5}
+
+
+def test_the_probe_of_a_tokenizer_equals_the_formulas(tmp_path):
+    net, path = sure(), tmp_path / "tokenizer.safetensors"
+    save_tokenizer(net, path, {"mean": 0.5, "std": 0.25})
+    noise = torch.randint(256, (64, 64), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "a.png")
+    items = [{"image": str(tmp_path / "a.png"), "modality": "microscopy"}]
+    scores = TokenizerProbe(path, items, (32, 32), num_crops=3, output_path=tmp_path / "scores.json").run()
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    crops = RandomCropDataset(items, training_transform(1), (32, 32))
+    errors, tokens = [], []
+    for number in range(3):
+        image = crops[number]["image"].float()[None]
+        p = net((image - 0.5) / 0.25, 5).softmax(1)
+        difference = (net.decode(p, 5) * 0.25 + 0.5).clamp(0, 1) - image
+        errors.append((difference.abs().mean().item(), -10 * difference.square().mean().log10().item()))
+        tokens.append(p[0].flatten(1).T.detach())
+    p = torch.cat(tokens)
+    used, surprise = p.mean(0), -(p * p.log()).sum(1).mean()
+    expected = {
+        "count": 16,
+        "perplexity": math.exp(-(used * used.log()).sum()),
+        "in_use": sum(float(share) >= 1 / 160 for share in used),
+        "likeliest": len({int(row.argmax()) for row in p}),
+        "marginal_entropy": -(used * used.log()).sum().item(),
+        "token_entropy": surprise.item(),
+    }
+    assert scores["codes"] == pytest.approx(expected, rel=1e-4)
+    means = [sum(column) / 3 for column in zip(*errors, strict=True)]
+    for name in ("all", "microscopy", "anisotropy 5"):
+        assert scores[name] == pytest.approx({"crops": 3, "l1": means[0], "psnr": means[1]}, rel=1e-3)
+
+
+def test_a_tokenizer_has_no_size_to_fit_images_to(tmp_path):
+    save_tokenizer(small(), tmp_path / "tokenizer.safetensors", {"mean": 0.5, "std": 0.5})
+    with pytest.raises(InputError, match=r"takes any size\. Give --img_size"):
+        transform_of(tmp_path / "tokenizer.safetensors")
 
 
 def test_a_file_of_the_other_kind_is_refused(tmp_path):
