@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from biovfm_monai.checkpoints.encoder import load_network, save_network
+from biovfm_monai.errors import InputError
 from biovfm_monai.networks import SoftTokenizer
 
 __all__ = ["load_tokenizer", "save_tokenizer"]
@@ -28,4 +29,12 @@ def load_tokenizer(path: str | Path) -> SoftTokenizer:
     Raises:
         InputError: as `load_encoder`, and when the file holds an encoder.
     """
-    return load_network(path, SoftTokenizer)
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such tokenizer file. Train one first: python -m monai.bundle run --config_file "
+            "FOLDER/spad_tokenizer_pretraining/configs/train.json --bundle_root FOLDER/spad_tokenizer_pretraining; or "
+            "give another --tokenizer_path."
+        )
+    tokenizer = load_network(path, SoftTokenizer)
+    tokenizer.origin = str(path)
+    return tokenizer

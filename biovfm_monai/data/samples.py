@@ -30,6 +30,7 @@ PLACES = [f"{height} {depth}" for height in ("low", "middle", "high") for depth 
 
 _CROP = 64
 _PERIOD, _TRAIN, _GAP = 15, 8, 2
+_THICK = (0, 2, 4, 6)
 _CROPS = {"place_training": 200, "place_test": 80}
 
 
@@ -75,10 +76,11 @@ def write_samples(folder: str | Path) -> str:
     """Lay the sample images out as a dataset folder with a datalist.json; a folder that has one is left as it is.
 
     "training" holds slabs of eight axial slices of the T1 volume and all the other images. Between the slabs, three
-    slices with two to spare on either side are held out. "place_training" and "place_test" are labelled 64 x 64 crops
-    of the slabs and of the held-out slices for a probe: in which ninth of the brain (`PLACES`) does the crop's centre
-    lie? Each crop is turned, mirrored, zoomed and changed in contrast at random, so that no pixel sits where its
-    neighbour in a training slice does.
+    slices with two to spare on either side are held out. "mixed" holds these images, the slabs' slices once more as
+    volumes of slices 15 mm apart, and two isotropic volumes of another head (nibabel). "place_training" and
+    "place_test" are labelled 64 x 64 crops of the slabs and of the held-out slices for a probe: in which ninth of the
+    brain (`PLACES`) does the crop's centre lie? Each crop is turned, mirrored, zoomed and changed in contrast at
+    random, so that no pixel sits where its neighbour in a training slice does.
 
     Of several processes only the main one writes, and the others wait for it.
 
@@ -111,6 +113,7 @@ def _write(folder: Path) -> None:
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(item["image"], copy)
             sections["training"].append({**item, "image": str(copy.relative_to(new))})
+        sections["mixed"] = [*sections["training"], *_write_volumes(brain, new)]
         sections |= _write_crops(brain, new)
         (new / DATALIST).write_text(json.dumps(sections, indent=1), encoding="utf-8")
         os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
@@ -130,6 +133,22 @@ def _write_slabs(brain: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         path = folder / "mri" / f"mni152_slices_{start:03d}.nii.gz"
         nib.save(image.slicer[x, y, start : start + _TRAIN], path)
         items.append({**{k: v for k, v in brain.items() if k != "label"}, "image": str(path.relative_to(folder))})
+    return items
+
+
+def _write_volumes(brain: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Volumes that show no held-out slice: one slice of each slab makes thick slices, with gaps, of the same brain."""
+    head = _package("nibabel") / "tests/data/example4d.nii.gz"
+    shutil.copyfile(head, folder / "mri" / head.name)
+    fields = {"modality": "mri", "source": "nibabel", "subject": "nibabel-head", "spacing": [2.0, 2.0, 2.2]}
+    items: list[dict[str, Any]] = [{"image": f"mri/{head.name}::{number}", **fields} for number in range(2)]
+    image = nib.load(brain["image"])
+    x, y, z = _brain_box(np.asarray(image.dataobj))
+    for first in _THICK:
+        path = folder / "mri" / f"mni152_thick_{first}.nii.gz"
+        nib.save(image.slicer[x, y, z.start + first : z.stop - _TRAIN + first + 1 : _PERIOD], path)
+        fields = {key: value for key, value in brain.items() if key != "label"}
+        items.append({**fields, "image": str(path.relative_to(folder)), "spacing": [1.0, 1.0, float(_PERIOD)]})
     return items
 
 

@@ -2,5 +2,8 @@
 
 from biovfm_monai.evaluation.embed import RawPixels, embed, embed_files, transform_of
 from biovfm_monai.evaluation.knn import KNNAccuracy, KNNProbe, knn_accuracy
+from biovfm_monai.evaluation.tokens import TokenizerProbe
 
-__all__ = ["KNNAccuracy", "KNNProbe", "RawPixels", "embed", "embed_files", "knn_accuracy", "transform_of"]
+__all__ = [
+    "KNNAccuracy", "KNNProbe", "RawPixels", "TokenizerProbe", "embed", "embed_files", "knn_accuracy", "transform_of",
+]  # fmt: skip

@@ -20,11 +20,15 @@ from biovfm_monai.networks import Embedder
 __all__ = ["RawPixels", "embed", "embed_files", "transform_of"]
 
 
-def transform_of(encoder_path: str | Path) -> Compose:
+def transform_of(encoder_path: str | Path, img_size: Sequence[int] | None = None) -> Compose:
     """The transform that brings a datalist item to the input of the encoder in a file, whole and padded.
 
+    Args:
+        encoder_path: encoder file, or a tokenizer's.
+        img_size: to which images are fitted; None for the encoder's own. A tokenizer has none.
+
     Raises:
-        InputError: when the file does not say how its images were prepared.
+        InputError: when the file does not say how its images were prepared, or no size is known.
     """
     info = encoder_info(encoder_path)
     preprocessing, network = info["preprocessing"], info["network"]
@@ -34,8 +38,11 @@ def transform_of(encoder_path: str | Path) -> Compose:
             f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. "
             "Convert it again with --mean and --std, or save it with preprocessing=."
         )
+    img_size = img_size or network.get("img_size")
+    if img_size is None:
+        raise InputError(f"{encoder_path}: holds a tokenizer, which takes any size. Give --img_size.")
     return encoder_transform(
-        network["in_channels"], network["img_size"], preprocessing["mean"], preprocessing["std"],
+        network["in_channels"], img_size, preprocessing["mean"], preprocessing["std"],
         preprocessing.get("spacing"), presets=preprocessing.get("presets"),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biovfm_monai.errors import InputError
+from biovfm_monai.losses.quantiser import code_usage
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
 from biovfm_monai.networks import Patches, SoftTokenizer, ViT, random_mask, take_tokens
@@ -51,6 +52,8 @@ class MaskedTokenModeling(SSLMethod):
 
         batch["anisotropy"], if there, is the degree of anisotropy of all its images; batch["key"] tells what is hidden
         of each. "kl" is the loss without the entropy of the soft tokens, which no prediction could take away.
+        "marginal_entropy" is the loss of always predicting the mean of the batch's hidden soft tokens, over all
+        processes: an encoder has learned something of its images when its own is below.
         """
         image = images_of_batch(batch, "image")
         patches = self.encoder.patchify(image, degree_of_batch(batch))
@@ -61,7 +64,11 @@ class MaskedTokenModeling(SSLMethod):
         target = take_tokens(logits, hidden).float().log_softmax(2)
         predicted = self.head(self._encode(patches, keep, hidden)).float().log_softmax(2)
         loss = -(target.exp() * predicted).sum(2).mean()
-        return {"loss": loss, "kl": loss.detach() + (target.exp() * target).sum(2).mean()}
+        return {
+            "loss": loss,
+            "kl": loss.detach() + (target.exp() * target).sum(2).mean(),
+            "marginal_entropy": -code_usage(target.transpose(1, 2)),
+        }
 
     def _encode(self, patches: Patches, keep: Tensor, hidden: Tensor) -> Tensor:
         """Encoded mask tokens, B x hidden x embed_dim.
@@ -85,13 +92,14 @@ class MaskedTokenModeling(SSLMethod):
 def _check(encoder: ViT, tokenizer: SoftTokenizer, mask_layer: int) -> None:
     if set(encoder.patch_size) != {tokenizer.stride}:
         raise InputError(
-            f"the tokenizer's tokens are {tokenizer.stride} voxels wide, the encoder's patches {encoder.patch_size}. "
-            "Build an encoder with such patches, or take another tokenizer."
+            f"{tokenizer.origin}: its tokens are {tokenizer.stride} voxels wide, and the encoder's patches, "
+            f"{encoder.patch_size}, must be as wide. Give --patch_size {tokenizer.stride}, or take another tokenizer."
         )
     if encoder.in_channels != tokenizer.in_channels:
         raise InputError(
-            f"the tokenizer takes {tokenizer.in_channels} channel(s) and the encoder {encoder.in_channels}. "
-            "Build one with as many as the other."
+            f"{tokenizer.origin}: takes {tokenizer.in_channels} channel(s), and the encoder, which takes "
+            f"{encoder.in_channels}, must take as many. Give --in_channels {tokenizer.in_channels}, or take another "
+            "tokenizer."
         )
     if not -len(encoder.blocks) <= mask_layer < len(encoder.blocks):
         raise InputError(f"mask_layer {mask_layer} must be a number of the encoder's {len(encoder.blocks)} blocks.")

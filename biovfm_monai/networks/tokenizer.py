@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks.adaptive import AdaptiveConv3d, AdaptiveConvTranspose3d, halved, pending
 
@@ -33,10 +34,13 @@ class SoftTokenizer(nn.Module):
 
     Attributes:
         stride: voxels per token along each axis of an isotropic volume.
+        origin: what messages call it, such as the file that it comes from.
 
     Raises:
         InputError: on other values.
     """
+
+    origin: str = "the tokenizer"
 
     def __init__(
         self,
@@ -93,7 +97,8 @@ class SoftTokenizer(nn.Module):
 
         Args:
             image: B x C x H x W (read as depth 1) or B x C x D x H x W, float.
-            anisotropy: degree of anisotropy, 0 to 5; None for 5 of a 4-dimensional image and 0 of a volume.
+            anisotropy: degree of anisotropy, 0 to 5; None for 5 of a 4-dimensional image, and of a volume for what its
+                affine says, if it is a MetaTensor, else 0.
 
         Returns:
             B x C x D x H x W, and its degree.
@@ -101,9 +106,12 @@ class SoftTokenizer(nn.Module):
         Raises:
             InputError: on a wrong number of axes or channels, another degree, or a size that is no multiple of a token.
         """
+        spacing = spacing_of(image) if anisotropy is None and image.ndim == 5 else None
         if isinstance(image, MetaTensor):
             image = image.as_tensor()
-        degree = (5 if image.ndim == 4 else 0) if anisotropy is None else anisotropy
+        if anisotropy is None:
+            anisotropy = 5 if image.ndim == 4 else 0 if spacing is None else anisotropy_of(spacing)
+        degree = anisotropy
         if image.ndim == 4:
             image = image.unsqueeze(2)
         if image.ndim != 5 or image.shape[1] != self.in_channels or not image.is_floating_point():

@@ -280,7 +280,7 @@ def test_a_dicom_file_of_a_modality_without_name_takes_its_folders(tmp_path):
 
 def slab_slices(folder, origin):
     """Numbers of the brain's slices that are in the slabs, from the slabs' own geometry."""
-    slabs = [nib.load(path) for path in sorted((folder / "mri").glob("mni152*.nii.gz"))]
+    slabs = [nib.load(path) for path in sorted((folder / "mri").glob("mni152_slices*.nii.gz"))]
     return [range(z := round(slab.affine[2, 3] - origin), z + slab.shape[2]) for slab in slabs]
 
 
@@ -290,11 +290,11 @@ def test_writing_the_samples_again_changes_nothing(samples):
     assert {path: path.stat().st_mtime_ns for path in samples.rglob("*")} == before
 
 
-def test_the_samples_have_a_training_section_and_two_labelled_ones_of_files_that_exist(samples):
+def test_the_samples_have_two_training_sections_and_two_labelled_ones_of_files_that_exist(samples):
     sections = json.loads((samples / "datalist.json").read_text())
-    assert set(sections) == {"training", "place_training", "place_test"}
+    assert set(sections) == {"training", "mixed", "place_training", "place_test"}
     items = [item for section in sections.values() for item in section]
-    assert [item["image"] for item in items if not (samples / item["image"]).is_file()] == []
+    assert [item["image"] for item in items if not (samples / item["image"].split("::")[0]).is_file()] == []
 
 
 @pytest.mark.parametrize(("section", "count"), [("place_training", 200), ("place_test", 80)])
@@ -306,6 +306,15 @@ def test_the_classes_of_the_probe_are_balanced(samples, section, count):
 def test_the_slabs_leave_room_for_held_out_slices(samples):
     slabs = slab_slices(samples, 0)
     assert min(b[0] - a[-1] - 1 for a, b in pairwise(slabs)) > 2 * sample_images._GAP
+
+
+def test_the_thick_slices_of_the_samples_are_slices_of_the_slabs(samples):
+    shown = {z for slab in slab_slices(samples, 0) for z in slab}
+    thick = [nib.load(path) for path in sorted((samples / "mri").glob("mni152_thick*.nii.gz"))]
+    numbers = [round(v.affine[2, 3] + z * v.affine[2, 2]) for v in thick for z in range(v.shape[2])]
+    assert len(numbers) == 40
+    assert set(numbers) <= shown
+    assert {round(float(v.header.get_zooms()[2])) for v in thick} == {15}
 
 
 def test_no_test_crop_comes_from_a_slice_within_two_of_a_training_slab(tmp_path, monkeypatch):

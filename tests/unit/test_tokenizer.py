@@ -1,16 +1,20 @@
 """The visual tokenizer, its training, and masked modelling of its tokens, against slow implementations and formulas."""
 
+import json
 import math
 
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 from torch import nn
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder, load_tokenizer, save_encoder, save_tokenizer
+from biovfm_monai.data import RandomCropDataset, training_transform
 from biovfm_monai.draws import random_keys
 from biovfm_monai.engines import EncoderHandler, PretrainingTrainer, parameter_groups
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation import TokenizerProbe, transform_of
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
@@ -69,6 +73,13 @@ def test_thick_slices_have_the_tokens_of_the_slices_repeated(degree):
     torch.testing.assert_close(
         net(thick, degree), net(thick.repeat_interleave(1 << degree, 2), 0), rtol=1e-4, atol=1e-5
     )
+
+
+def test_how_thick_slices_are_is_known_by_their_affine():
+    net, affine = small(), torch.diag(torch.tensor([5.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+    image = MetaTensor(torch.randn(2, 1, 4, 16, 16), affine=affine.expand(2, 4, 4))
+    torch.testing.assert_close(net(image), net(image.as_tensor(), 1))
+    torch.testing.assert_close(net(image, 2), net(image.as_tensor(), 2))
 
 
 def test_a_2d_image_is_a_volume_of_depth_1_and_degree_5():
@@ -376,6 +387,18 @@ def test_the_loss_equals_the_slow_implementation(degree, size, rope, mask_layer)
     torch.testing.assert_close(out["kl"], kl)
 
 
+@pytest.mark.parametrize("image", [torch.randn(3, 1, 32, 32), torch.randn(2, 1, 16, 16, 16)])
+def test_always_predicting_the_mean_soft_token_has_the_marginal_entropy_as_loss(image):
+    method, keys = MaskedTokenModeling(encoder(rope="none"), sure()), random_keys(len(image))
+    out = method({"image": image, "key": keys})
+    grid = method.tokenizer.network(image).flatten(2).softmax(1)
+    hidden = random_mask(keys, grid.shape[2], 0.55)[1]
+    tokens = torch.cat([grid[n][:, hidden[n]].T for n in range(len(image))])
+    always = -(tokens * tokens.mean(0).log()).sum(1).mean()
+    torch.testing.assert_close(out["marginal_entropy"], always)
+    assert not out["marginal_entropy"].requires_grad
+
+
 @pytest.mark.parametrize("rope", ["index", "none"])
 def test_predictions_differ_by_place_though_mask_tokens_are_alike(rope):
     method = MaskedTokenModeling(encoder(rope=rope), small())
@@ -397,8 +420,8 @@ def test_the_tokenizer_is_a_frozen_copy_in_evaluation_mode():
 @pytest.mark.parametrize(
     ("options", "mask_layer", "message"),
     [
-        ({"strides": (4, 4)}, 0, r"tokens are 16 voxels wide, the encoder's patches \(8, 8, 8\)"),
-        ({"in_channels": 3}, 0, "tokenizer takes 3 channel"),
+        ({"strides": (4, 4)}, 0, r"tokens are 16 voxels wide, and the encoder's patches, \(8, 8, 8\), must be as wide"),
+        ({"in_channels": 3}, 0, "takes 3 channel.*--in_channels 3"),
         ({}, 3, "mask_layer 3 must be"),
         ({}, -4, "mask_layer -4 must be"),
     ],
@@ -411,6 +434,19 @@ def test_a_tokenizer_that_does_not_fit_the_encoder_is_refused(options, mask_laye
 # Files
 
 
+def test_a_missing_tokenizer_file_is_named_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(
+        InputError, match=r"nowhere\.safetensors: no such .*spad_tokenizer_pretraining/configs/train\.json"
+    ):
+        load_tokenizer(tmp_path / "nowhere.safetensors")
+
+
+def test_a_tokenizer_from_a_file_that_does_not_fit_is_named_by_it(tmp_path):
+    save_tokenizer(small(strides=(4, 4)), tmp_path / "tokenizer.safetensors")
+    with pytest.raises(InputError, match=r"/tokenizer\.safetensors: its tokens are 16 .* Give --patch_size 16"):
+        MaskedTokenModeling(encoder(), load_tokenizer(tmp_path / "tokenizer.safetensors"))
+
+
 def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
     net, image, path = small(), torch.randn(1, 1, 8, 16, 16), tmp_path / "tokenizer.safetensors"
     save_tokenizer(net, path, {"mean": 0.5}, {"method": "SPADTokenizer"})
@@ -421,6 +457,44 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
     info = encoder_info(path)
     assert info["network"] == {"_target_": "biovfm_monai.networks.SoftTokenizer", **net.arguments}
     assert info["preprocessing"] == {"mean": 0.5}
+
+
+def test_the_probe_of_a_tokenizer_equals_the_formulas(tmp_path):
+    net, path = sure(), tmp_path / "tokenizer.safetensors"
+    save_tokenizer(net, path, {"mean": 0.5, "std": 0.25})
+    noise = torch.randint(256, (64, 64), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "a.png")
+    items = [{"image": str(tmp_path / "a.png"), "modality": "microscopy"}]
+    scores = TokenizerProbe(path, items, (32, 32), num_crops=3, output_path=tmp_path / "scores.json").run()
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    crops = RandomCropDataset(items, training_transform(1), (32, 32))
+    errors, tokens = [], []
+    for number in range(3):
+        image = crops[number]["image"].float()[None]
+        p = net((image - 0.5) / 0.25, 5).softmax(1)
+        difference = (net.decode(p, 5) * 0.25 + 0.5).clamp(0, 1) - image
+        errors.append((difference.abs().mean().item(), -10 * difference.square().mean().log10().item()))
+        tokens.append(p[0].flatten(1).T.detach())
+    p = torch.cat(tokens)
+    used, surprise = p.mean(0), -(p * p.log()).sum(1).mean()
+    expected = {
+        "count": 16,
+        "perplexity": math.exp(-(used * used.log()).sum()),
+        "in_use": sum(float(share) >= 1 / 160 for share in used),
+        "likeliest": len({int(row.argmax()) for row in p}),
+        "marginal_entropy": -(used * used.log()).sum().item(),
+        "token_entropy": surprise.item(),
+    }
+    assert scores["codes"] == pytest.approx(expected, rel=1e-4)
+    means = [sum(column) / 3 for column in zip(*errors, strict=True)]
+    for name in ("all", "microscopy", "anisotropy 5"):
+        assert scores[name] == pytest.approx({"crops": 3, "l1": means[0], "psnr": means[1]}, rel=1e-3)
+
+
+def test_a_tokenizer_has_no_size_to_fit_images_to(tmp_path):
+    save_tokenizer(small(), tmp_path / "tokenizer.safetensors", {"mean": 0.5, "std": 0.5})
+    with pytest.raises(InputError, match=r"takes any size\. Give --img_size"):
+        transform_of(tmp_path / "tokenizer.safetensors")
 
 
 def test_a_file_of_the_other_kind_is_refused(tmp_path):

@@ -1,0 +1,112 @@
+"""What a tokenizer is worth: what decoding loses, and which codes are used (https://arxiv.org/abs/1711.00937)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import MAEMetric, PSNRMetric
+from torch import Tensor
+
+from biovfm_monai.checkpoints import encoder_info, load_tokenizer
+from biovfm_monai.data import RandomCropDataset, training_transform
+from biovfm_monai.files import write_atomically
+from biovfm_monai.losses.quantiser import code_entropy
+
+__all__ = ["TokenizerProbe"]
+
+logger = logging.getLogger(__name__)
+
+_LEAST = 0.1
+
+
+class TokenizerProbe:
+    """Score a tokenizer file on crops of images: what is lost when they are decoded, and which codes are used.
+
+    Args:
+        tokenizer_path: what is scored.
+        data: datalist items, or a `Store`.
+        crop_size, zoom, seed: of the crops, as of `RandomCropDataset`.
+        num_crops: how many.
+        device: where the tokenizer runs.
+        output_path: JSON file for the scores; None for no file.
+    """
+
+    def __init__(
+        self,
+        tokenizer_path: str | Path,
+        data: Sequence[dict[str, Any]],
+        crop_size: Sequence[int],
+        zoom: tuple[float, float] = (1.0, 1.0),
+        num_crops: int = 256,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        output_path: str | Path | None = None,
+    ) -> None:
+        self.tokenizer = load_tokenizer(tokenizer_path).to(device)
+        prepared = encoder_info(tokenizer_path)["preprocessing"]
+        self.mean, self.std = (torch.tensor(prepared[name]).view(-1, 1, 1, 1).to(device) for name in ("mean", "std"))
+        transform = training_transform(
+            self.tokenizer.in_channels, prepared.get("spacing"), presets=prepared.get("presets")
+        )
+        self.crops = RandomCropDataset(data, transform, crop_size, seed, zoom=zoom)
+        self.num_crops, self.device, self.output_path = num_crops, device, output_path
+
+    @torch.inference_mode()
+    def run(self) -> dict[str, Any]:
+        """Errors of images in [0, 1], of all crops, by modality and by degree of anisotropy; and the use of "codes".
+
+        These are "perplexity", the exponential of the entropy of their mean share p in the tokens; "in_use", how many
+        have a tenth of an even share or more; "likeliest", how many are the likeliest of a token; the mean
+        "token_entropy"; and the "marginal_entropy" of p, the loss of always predicting p in masked modelling, in nats.
+        """
+        errors: dict[str, list[tuple[float, float]]] = {}
+        shares, entropies = [], []
+        for number in range(self.num_crops):
+            sample = self.crops[number]
+            degree = sample.get("anisotropy", 5)
+            error, log_p = self._decoded(sample["image"].float().to(self.device), degree)
+            for name in ("all", sample["modality"], f"anisotropy {degree}"):
+                errors.setdefault(name, []).append(error)
+            shares.append(log_p.exp().movedim(1, -1).flatten(0, -2).double().cpu())
+            entropies += [code_entropy(log_p).item()] * len(shares[-1])
+        tokens = torch.cat(shares)
+        scores = {"codes": _codes(tokens) | {"token_entropy": float(np.mean(entropies))}, **_means(errors)}
+        for name, of in scores.items():
+            logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in of.items()))
+        if self.output_path is not None:
+            with write_atomically(self.output_path) as draft:
+                draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        return scores
+
+    def _decoded(self, image: Tensor, degree: int) -> tuple[tuple[float, float], Tensor]:
+        """L1 distance and PSNR in dB of what is decoded of a crop, and the logarithms of its soft tokens."""
+        log_p = self.tokenizer(((image - self.mean) / self.std)[None], degree).float().log_softmax(1)
+        decoded = (self.tokenizer.decode(log_p.exp(), degree) * self.std + self.mean).clamp(0, 1)
+        pair = decoded, image[None]
+        return (float(MAEMetric()(*pair)), float(PSNRMetric(max_val=1.0)(*pair))), log_p
+
+
+def _codes(tokens: Tensor) -> dict[str, float]:
+    count = tokens.shape[1]
+    share = tokens.mean(0)
+    entropy = float(-torch.xlogy(share, share).sum())
+    return {
+        "count": count,
+        "perplexity": float(np.exp(entropy)),
+        "in_use": int((share >= _LEAST / count).sum()),
+        "likeliest": len(tokens.argmax(1).unique()),
+        "marginal_entropy": entropy,
+    }
+
+
+def _means(errors: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    means = {name: np.mean(of, axis=0) for name, of in sorted(errors.items())}
+    return {
+        name: {"crops": len(errors[name]), "l1": float(mean[0]), "psnr": float(mean[1])} for name, mean in means.items()
+    }
