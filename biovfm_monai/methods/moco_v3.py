@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
@@ -55,12 +54,7 @@ class MoCoV3(SSLMethod):
         Raises:
             InputError: when there are not two of them.
         """
-        crops, degree = images_of_batch(batch, "global_crops"), degree_of_batch(batch)
-        if len(crops) != 2:
-            raise InputError(
-                f"MoCo v3 compares 2 global crops of an image, the batch has {len(crops)}. "
-                "Let biovfm_monai.data.MultiCrop make 2."
-            )
+        crops, degree = images_of_batch(batch, "global_crops", 2), degree_of_batch(batch)
         views = crops.flatten(0, 1)
         seen = pool(self.encoder(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
         known = pool(self.teacher(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
