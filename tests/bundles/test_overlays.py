@@ -14,7 +14,9 @@ from biovfm_monai.networks import SoftTokenizer
 from biovfm_monai.shipped import copy_bundle
 
 pytestmark = pytest.mark.xdist_group("bundle")
-METHODS = ["barlow_twins", "dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer"]
+METHODS = [
+    "barlow_twins", "dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer", "vicreg",
+]  # fmt: skip
 SMALL = {
     "moco_v3": {"method::hidden_dim": 64},
     "dinov2": {"method::hidden_dim": 64, "views::num_local": 2},
