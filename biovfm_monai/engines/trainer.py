@@ -215,7 +215,8 @@ class PretrainingTrainer(SupervisedTrainer):
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(
                     f"the loss is {loss.item()} at iteration {iteration}. Lower --learning_rate, set --clip_norm 1.0, "
-                    "or train with --precision fp32; the last checkpoint is from before."
+                    "or train with --precision fp32; if it is the first one, look for images that are not finite. "
+                    "The last checkpoint is from before."
                 )
 
 

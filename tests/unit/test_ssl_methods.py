@@ -1,6 +1,8 @@
 """Methods, losses and masks against slow implementations of the papers' formulas, and what must hold of each."""
 
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from scipy.integrate import quad
 from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce, sigreg
-from biovfm_monai.methods import IJEPA, BarlowTwins, LeJEPA, MoCoV3, SimMIM, VICReg
+from biovfm_monai.methods import IJEPA, MAE, BarlowTwins, LeJEPA, MoCoV3, SimMIM, VICReg
 from biovfm_monai.methods.teacher import rising
 from biovfm_monai.networks import ViT, block_mask, sincos_positions
 from biovfm_monai.networks.masking import block_size, context_and_targets, cube_mask
@@ -534,5 +536,31 @@ def test_a_mask_that_cuts_patches_is_refused():
 
 
 def test_a_predictor_whose_heads_do_not_fit_is_refused():
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(InputError, match=r"must divide .* Correct one"):
         IJEPA(encoder(), predictor_embed_dim=20)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "rule"),
+    [
+        (moco, {"momentum": -0.1}, "momentum -0.1 must be 0 or more, and at most 1"),
+        (ijepa, {"momentum": 1.5}, "momentum 1.5 must be 0 or more, and at most 1"),
+        (moco, {"temperature": 0}, "temperature 0 must be above 0"),
+        (moco, {"temperature": "low"}, "temperature 'low' must be above 0"),
+        (lejepa, {"sigreg_weight": float("nan")}, "sigreg_weight nan must be 0 or more"),
+        (ijepa, {"num_targets": 0}, "num_targets 0 must be 1 or more"),
+        (ijepa, {"target_scale": (0.0, 0.2)}, "target_scale (0.0, 0.2) must be above 0, and at most 1"),
+        (ijepa, {"context_scale": (1.0, 0.8)}, "context_scale (1.0, 0.8) must be two numbers, the lower one first"),
+        (ijepa, {"target_aspect": 1.5}, "target_aspect 1.5 must be two numbers, the lower one first"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_with_its_rule(make, options, rule):
+    with pytest.raises(InputError, match=rf"^{re.escape(rule)}.*\. Correct it\.$"):
+        make(**options)
+
+
+@pytest.mark.parametrize("ratio", [-0.5, 0, 1, 1.5])
+@pytest.mark.parametrize("make", [MAE, partial(SimMIM, mask_size=8)])
+def test_a_share_of_patches_that_cannot_be_hidden_is_refused(make, ratio):
+    with pytest.raises(InputError, match=rf"mask_ratio {ratio} must be between 0 and 1\. Correct"):
+        make(encoder(), mask_ratio=ratio)({"image": torch.randn(2, 1, 32, 32)})
