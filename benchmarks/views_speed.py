@@ -67,29 +67,29 @@ def peers_view(image: Image.Image, size: int, scale: tuple[float, float], blur: 
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def peers(images: list[Image.Image]) -> list[Tensor]:
+def peers(images: list[Image.Image], img_size: int = 224, local_size: int = 96) -> list[Tensor]:
     """All views of a batch, view by view."""
-    large = [[peers_view(one, 224, (0.32, 1.0), BLUR[n], SOLARISE[n]) for one in images] for n in (0, 1)]
-    small = [[peers_view(one, 96, (0.05, 0.32), BLUR[2], SOLARISE[2]) for one in images] for _ in range(8)]
+    large = [[peers_view(one, img_size, (0.32, 1.0), BLUR[n], SOLARISE[n]) for one in images] for n in (0, 1)]
+    small = [[peers_view(one, local_size, (0.05, 0.32), BLUR[2], SOLARISE[2]) for one in images] for _ in range(8)]
     return [torch.stack(views) for views in (*large, *small)]
 
 
-def ours(policy: Policy) -> MultiCrop:
+def ours(policy: Policy, img_size: int = 224, local_size: int = 96) -> MultiCrop:
     """Our views with the same crops."""
     policies = [with_chances({"": policy}, blur=b, solarise=s)[""] for b, s in zip(BLUR, SOLARISE, strict=True)]
-    large = [RandomResizedCrop((224, 224), scale=(0.32, 1.0), policy=one) for one in policies[:2]]
-    return MultiCrop(large, RandomResizedCrop((96, 96), scale=(0.05, 0.32), policy=policies[2]))
+    large = [RandomResizedCrop((img_size,) * 2, scale=(0.32, 1.0), policy=one) for one in policies[:2]]
+    return MultiCrop(large, RandomResizedCrop((local_size,) * 2, scale=(0.05, 0.32), policy=policies[2]))
 
 
 def rates(contestants: dict[str, Callable[[], object]], images: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each, in turns."""
+    """Images per second of the thread's own time, in turns: other processes may share its core."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, make in contestants.items():
-            begun = time.perf_counter()
+            begun = time.thread_time()
             make()
             if number:
-                found[name].append(images / (time.perf_counter() - begun))
+                found[name].append(images / (time.thread_time() - begun))
     return found
 
 

@@ -19,14 +19,17 @@ from biovfm_monai.errors import InputError, require_pair, require_within
 __all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
 
 _FLIPS = Policy()
+# Numbers that a core's cache holds; each pass over more waits for memory, and for the system to hand it out.
+_AT_ONCE = 2**20
 
 
 class Drawn(NamedTuple):
     """What a view shows of each image, and how it changes it.
 
     Attributes:
-        maps: B x dims x (dims + 1), affine maps from view to source in [-1, 1] coordinates (x, y(, z)).
-        changes: of intensity; None for none.
+        maps: B x dims x (dims + 1), affine maps from view to source in [-1, 1] coordinates (x, y(, z)); of several
+            views of each image, one image's after the other's.
+        changes: of intensity, for as many; None for none.
     """
 
     maps: Tensor
@@ -87,12 +90,13 @@ class RandomResizedCrop:
         Args:
             image: B x C x D x H x W, whose size and number count; voxels are as high as they are wide.
             anisotropy: degree of anisotropy of volumes.
-            keys: of the images' random numbers, as `uniform` takes them; None for random ones.
+            keys: of the views' random numbers, as `uniform` takes them, one or more per image, an image's after the
+                other's; None for random ones, one per image.
             modality: of each image, where there are policies by modality.
         """
         dims = len(self.img_size)
         keys = random_keys(image.shape[0]) if keys is None else keys.cpu()
-        policies = self._policies(len(keys), modality)
+        kinds, kind = self._policies(len(keys), modality)
         size, thickness, stretching, turning, *places = uniform(keys, 4 + dims).unbind(1)
         source, largest = self._source(image), self._largest(image, anisotropy)
         share = _between(*self.scale, size)[:, None]
@@ -105,24 +109,27 @@ class RandomResizedCrop:
                 [share.sqrt() * largest[:2], _between(*self.depth_scale, thickness)[:, None] * source[2]], 1
             )
         centre = _between(-1.0, 1.0, torch.stack(places, dim=1)) * (1 - extent / source)
-        flips = torch.tensor([(of.flip, of.vertical_flip, of.depth_flip) for of in policies])
+        flips = torch.tensor([(of.flip, of.vertical_flip, of.depth_flip) for of in kinds])[kind]
         extent = extent * torch.where(uniform(keys, 3, stream=4) < flips, -1.0, 1.0)[:, :dims]
-        angle = torch.tensor([math.radians(of.rotation) for of in policies]) * (2 * turning - 1)
+        angle = torch.tensor([math.radians(of.rotation) for of in kinds])[kind] * (2 * turning - 1)
         turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
         matrix = torch.diag_embed(extent)
         matrix[:, :2] = turn @ matrix[:, :2]
         maps = torch.cat([matrix / source[:, None], centre[..., None]], dim=2)
-        return Drawn(maps, draw_changes(chances(policies), keys))
+        return Drawn(maps, draw_changes({name: of[kind] for name, of in chances(kinds).items()}, keys))
 
-    def _policies(self, count: int, modality: Sequence[str] | None) -> list[Policy]:
+    def _policies(self, count: int, modality: Sequence[str] | None) -> tuple[list[Policy], Tensor]:
+        """The policies there are, and the number of each view's."""
         if isinstance(self.policy, Policy):
-            return [self.policy] * count
+            return [self.policy], torch.zeros(count, dtype=torch.int64)
         if modality is None:
             raise InputError('policies by modality need a batch with "modality". Give it, or one policy for all.')
         unknown = set(modality) - set(self.policy)
         if unknown:
             raise InputError(f"there is no policy for {', '.join(sorted(unknown))}. Add one, or give one for all.")
-        return [self.policy[name] for name in modality]
+        names = list(self.policy)
+        kind = torch.tensor([names.index(name) for name in modality], dtype=torch.int64)
+        return list(self.policy.values()), kind.repeat_interleave(count // max(len(modality), 1))
 
     def still(self, image: Tensor, anisotropy: int = 0) -> Drawn:
         """As `draw`, but the largest view from the middle of each image, upright and unchanged."""
@@ -156,22 +163,40 @@ class RandomResizedCrop:
         Raises:
             InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume.
         """
-        image = _as_float(image)
+        views = self.empty(image, len(drawn.maps) // max(len(image), 1), anisotropy)
+        self.write(image, drawn, views)
+        return views.transpose(0, 1).flatten(0, 1)
+
+    def empty(self, image: Tensor, several: int, anisotropy: int = 0) -> Tensor:
+        """Room for several views of B images, several x B x C x (D) x H x W; errors as in `apply`."""
         if len(self.img_size) == 2:
             if image.shape[2] != 1:
                 raise InputError(
                     f"crops of {image.shape[2]} slices do not make 2D views. Give --img_size three numbers too."
                 )
-            image = image[:, :, 0]
         elif image.shape[2] == 1 < self._size(anisotropy)[0]:
             raise InputError("crops of one slice do not make volumes. Give --crop_size three numbers too.")
-        maps = drawn.maps.to(image.device, non_blocking=True)
-        grid = _grid(maps, self._size(anisotropy))
-        view = F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-        if drawn.changes is not None:
-            volume = view.unsqueeze(2) if view.ndim == 4 else view
-            view = apply_changes(volume, drawn.changes).view_as(view)
-        return view.sub_(self.mean).div_(self.std)
+        return image.new_empty(several, *image.shape[:2], *self._size(anisotropy), dtype=torch.float32)
+
+    def write(self, image: Tensor, drawn: Drawn, views: Tensor) -> None:
+        """As `apply`, into views as from `empty`."""
+        several, step = len(views), max(len(image), 1)
+        if image.device.type == "cpu":
+            step = max(_AT_ONCE // (several * math.prod(views.shape[2:])), 1)
+        zero = torch.tensor(-self.mean / self.std, device=views.device)
+        axes = [(2 * torch.arange(n, device=views.device) + 1) / n - 1 for n in views.shape[3:]]
+        for first in range(0, len(image), step):
+            images = slice(first, first + step)
+            rows = slice(first * several, (first + step) * several)
+            part, some = _part(drawn, rows), image[images]
+            # On the CPU one image and its grid stay in the cache.
+            each = 1 if image.device.type == "cpu" else max(len(some), 1)
+            pairs = zip(some.split(each), part.maps.split(each * several), strict=True)
+            made = torch.cat([_sampled(one, maps, axes) for one, maps in pairs])
+            if part.changes is not None:
+                made = apply_changes(made, part.changes)
+            made = made.view(-1, several, *views.shape[2:]).transpose(0, 1)
+            torch.add(zero, made, alpha=1 / self.std, out=views[:, images])
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
@@ -181,7 +206,7 @@ class RandomResizedCrop:
         The images of a batch share a degree, batch["anisotropy"], where there is one.
         """
         image = batch["image"].to(device, non_blocking=non_blocking)
-        degree = int(torch.as_tensor(batch.get("anisotropy", 0)).max())
+        degree = _degree(batch)
         drawn = self.draw(image, degree, batch.get("key"), batch.get("modality"))
         return {**batch, "image": self.apply(image, drawn, degree)}
 
@@ -230,23 +255,44 @@ class MultiCrop:
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
     ) -> dict[str, Any]:
         """Move a batch to the device; of "image" make "global_crops", "local_crops": views x B x C x (D) x H x W."""
-        image = _as_float(batch["image"].to(device, non_blocking=non_blocking))
+        image, degree = batch["image"].to(device, non_blocking=non_blocking), _degree(batch)
         keys = batch["key"].cpu() if "key" in batch else random_keys(image.shape[0])
-        local = [self.local_view] * self.num_local if self.local_view is not None else []
-        views = []
-        for number, view in enumerate([*self.global_views, *local]):
-            source = {**batch, "image": image, "key": forked(keys, number)}
-            views.append(view(source, device)["image"])
+        made = {name: value for name, value in batch.items() if name != "image"} | {"key": keys}
         large = len(self.global_views)
-        made = {name: value for name, value in batch.items() if name != "image"}
-        made |= {"key": keys, "global_crops": torch.stack(views[:large])}
-        return made | ({"local_crops": torch.stack(views[large:])} if local else {})
+        made["global_crops"] = crops = self.global_views[0].empty(image, large, degree)
+        plan = [(view, crops[n : n + 1]) for n, view in enumerate(self.global_views)]
+        if self.local_view is not None and self.num_local:
+            made["local_crops"] = crops = self.local_view.empty(image, self.num_local, degree)
+            plan.append((self.local_view, crops))
+        for first, (view, crops) in enumerate(plan):
+            own = torch.stack([forked(keys, first + n) for n in range(len(crops))], dim=1).flatten()
+            view.write(image, view.draw(image, degree, own, batch.get("modality")), crops)
+        return made
 
 
-def _grid(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """As `F.affine_grid` of B x dims x (dims + 1) and (D x) H x W, which takes a matrix product three times as long."""
+def _sampled(image: Tensor, maps: Tensor, axes: list[Tensor]) -> Tensor:
+    """What V B maps show of B x C x D x H x W, at places along (depth,) height, width: V B x C x D x H x W."""
+    image = _as_float(image).flatten(2, 5 - len(axes))
+    grid = _grid(maps.to(image.device, non_blocking=True), axes)
+    # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
+    if (maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()).amax() > 1:
+        grid = grid.lerp_(grid.clamp(-1, 1), 2)
+    # Several views of an image are sampled as one that is as many times as long.
+    tall = grid.unflatten(0, (len(image), -1)).flatten(1, 2)
+    view = F.grid_sample(image, tall, mode="bilinear", padding_mode="border", align_corners=False)
+    view = view.unflatten(2, (-1, len(axes[0]))).movedim(2, 1).flatten(0, 1)
+    return view.unsqueeze(2) if len(axes) == 2 else view
+
+
+def _grid(maps: Tensor, axes: list[Tensor]) -> Tensor:
+    """As `F.affine_grid` of B x dims x (dims + 1), at places along (depth,) height, width, many times as fast."""
+    size = [len(places) for places in axes]
+    if len(size) == 2:
+        # As complex numbers, x and y are added in one go.
+        x, y, centre = torch.view_as_complex(maps.transpose(1, 2).contiguous()).unbind(1)
+        rows = torch.addcmul(centre[:, None], y[:, None], axes[0])
+        return torch.view_as_real(rows[:, :, None] + (x[:, None] * axes[1])[:, None])
     grid = maps.new_empty(len(maps), *size, len(size))
-    axes = [(2 * torch.arange(n, device=maps.device, dtype=maps.dtype) + 1) / n - 1 for n in size]
     for row in range(len(size)):
         # Coordinates come as x, y(, z), axes as (depth,) height, width.
         parts = []
@@ -256,6 +302,15 @@ def _grid(maps: Tensor, size: Sequence[int]) -> Tensor:
         parts[0] = parts[0] + maps[:, row, -1].view(-1, *[1] * len(size))
         torch.add(sum(parts[1:-1], parts[0]), parts[-1], out=grid[..., row])
     return grid
+
+
+def _part(drawn: Drawn, rows: slice) -> Drawn:
+    changes = drawn.changes
+    return Drawn(drawn.maps[rows], None if changes is None else Changes(*(values[rows] for values in changes)))
+
+
+def _degree(batch: Mapping[str, Any]) -> int:
+    return int(torch.as_tensor(batch.get("anisotropy", 0)).max())
 
 
 def _as_float(image: Tensor) -> Tensor:

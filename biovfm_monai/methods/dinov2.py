@@ -141,8 +141,10 @@ class DINOv2(SSLMethod):
         large, small = self._learn(patches, hidden, local, degree)
         taught = self._teach(patches)
         shares = self._shares(taught[:, 0])
-        dino = self._dino(shares.unflatten(0, (views, b)), large[:, 0], small)
-        ibot = self._ibot(taught, large, hidden)
+        rows = hidden.flatten().nonzero()[:, 0].to(taught.device, non_blocking=True)
+        of_large, of_small, of_patches = self._scores(large, small, rows)
+        dino = self._dino(shares.unflatten(0, (views, b)), of_large, of_small)
+        ibot = self._ibot(taught, of_patches, hidden, rows)
         spread = torch.stack([koleo(one) for one in large[:, 0].unflatten(0, (views, b))]).mean()
         loss = self.weights[0] * dino + self.weights[1] * ibot + self.weights[2] * spread
         watched = {"teacher_entropy": row_entropy(shares).mean(), "prototype_usage": prototype_usage(shares)}
@@ -204,29 +206,37 @@ class DINOv2(SSLMethod):
         start, end = self.teacher_temp
         return (start + (end - start) * (self.progress / self.warmup).clamp(max=1)).float()
 
+    def _scores(self, large: Tensor, small: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The student's for prototypes: of class tokens of large and small views, and of some patches, by number."""
+        free = self.progress >= self.freeze_last_layer
+        tokens = [large[:, 0], large[:, :0].flatten(0, 1) if small is None else small]
+        patches = large[:, self.encoder.num_prefix_tokens :].flatten(0, 1).index_select(0, rows)
+        sizes = [len(tokens[0]), len(tokens[1])]
+        # One call, since what is done to the prototypes costs as much as many rows.
+        if self.patch_head is None:
+            scores = self.head(torch.cat([*tokens, patches]), free).split([*sizes, len(patches)])
+        else:
+            scores = (*self.head(torch.cat(tokens), free).split(sizes), self.patch_head(patches, free))
+        return scores[0], None if small is None else scores[1], scores[2]
+
     def _dino(self, shares: Tensor, large: Tensor, small: Tensor | None) -> Tensor:
-        """Mean over pairs of a teacher's view and another one of the student's."""
+        """Mean over pairs of a teacher's view and another one of the student's, by shares and scores."""
         views, b = shares.shape[:2]
         every = shares.sum(0)
-        free = self.progress >= self.freeze_last_layer
-        scores = self.head(large, free).unflatten(0, (views, b))
+        scores = large.unflatten(0, (views, b))
         parts = [soft_cross_entropy(every - shares[n], scores[n], self.student_temp).mean() for n in range(views)]
         pairs = views * (views - 1)
         if small is not None:
-            scores = self.head(small, free)
-            parts.append(soft_cross_entropy(every.repeat(len(small) // b, 1), scores, self.student_temp).sum() / b)
+            parts.append(soft_cross_entropy(every.repeat(len(small) // b, 1), small, self.student_temp).sum() / b)
             pairs += views * (len(small) // b)
         return torch.stack(parts).sum() / pairs
 
-    def _ibot(self, taught: Tensor, large: Tensor, hidden: Tensor) -> Tensor:
+    def _ibot(self, taught: Tensor, scores: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """Mean over views with hidden patches of the mean over these: iBOT (https://arxiv.org/abs/2111.07832)."""
-        prefix, device = self.encoder.num_prefix_tokens, large.device
+        prefix, device = self.encoder.num_prefix_tokens, taught.device
         count = hidden.sum(1)
         weight = (1 / count.clamp(min=1)).repeat_interleave(count).to(device, non_blocking=True)
-        rows = hidden.flatten().nonzero()[:, 0].to(device, non_blocking=True)
         name = "head" if self.patch_head is None else "patch_head"
-        student = self.head if self.patch_head is None else self.patch_head
-        scores = student(large[:, prefix:].flatten(0, 1).index_select(0, rows), self.progress >= self.freeze_last_layer)
         with torch.no_grad():
             teacher = self.teacher.network[name](taught[:, prefix:].flatten(0, 1).index_select(0, rows))
             shares = self._centred(teacher, 1)

@@ -40,5 +40,5 @@ class PrototypeHead(nn.Module):
         """Map N x bottleneck_dim to N x prototypes."""
         prototypes: Tensor = self.prototypes
         if free is not None:
-            prototypes = prototypes.detach() + free * (prototypes - prototypes.detach())
+            prototypes = prototypes.detach().lerp(prototypes, free.to(prototypes.dtype))
         return F.linear(embedding, F.normalize(prototypes, dim=1, eps=1e-6)).float()

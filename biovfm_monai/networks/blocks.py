@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -217,8 +219,38 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, lengths: list[int] | None = None) -> Tensor:
         """Map B x N x embed_dim to the same; turn and lengths as in `Attention`."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), turn, lengths)), lengths)
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), lengths)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - what stands under this alone is not compiled
+            if self.training and self.drop_path.rate > 0.0 and not torch.compiler.is_compiling():
+                x = self._with_some(x, turn, lengths, self._attended)
+                return self._with_some(x, turn, lengths, self._fed)
+        x = x + self.drop_path(self._attended(x, turn, lengths), lengths)
+        return x + self.drop_path(self._fed(x, turn, lengths), lengths)
+
+    def _attended(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, lengths: list[int] | None) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x), turn, lengths))
+
+    def _fed(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, lengths: list[int] | None) -> Tensor:  # noqa: ARG002
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def _with_some(
+        self, x: Tensor, turn: tuple[Tensor, Tensor] | None, lengths: list[int] | None, branch: Callable[..., Tensor]
+    ) -> Tensor:
+        """Add a branch as `DropPath` lets through, which only images that keep it go through, as in DINOv2."""
+        rate = self.drop_path.rate
+        # Drawn on the CPU, so that no device is waited for.
+        keep = torch.rand(x.shape[0] if lengths is None else len(lengths)) >= rate
+        factor = 1 / (1 - rate) if keep.any() else 0.0
+        # Even where all are left out, weights get a gradient, which processes wait for.
+        keep[0] |= factor == 0.0
+        dim = 0
+        if lengths is not None:
+            dim, own = 1, [length for length, kept in zip(lengths, keep.tolist(), strict=True) if kept]
+            keep, lengths = keep.repeat_interleave(torch.tensor(lengths)), own
+        rows = keep.nonzero()[:, 0].to(x.device, non_blocking=True)
+        if turn is not None and (dim == 1 or turn[0].shape[0] > 1):
+            turn = (turn[0].index_select(2 * dim, rows), turn[1].index_select(2 * dim, rows))
+        added = branch(x.index_select(dim, rows), turn, lengths)
+        return x.index_add(dim, rows, added.to(x.dtype), alpha=factor)
 
 
 def init_weights(module: nn.Module) -> None:

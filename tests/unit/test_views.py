@@ -8,6 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.color import hed2rgb, rgb2hed
 from skimage.exposure import adjust_gamma
+from torch.nn import functional as F
 
 from biovfm_monai.data import (
     NATURAL,
@@ -17,9 +18,11 @@ from biovfm_monai.data import (
     RandomResizedCrop,
     geometric,
     modalities,
+    views,
     with_chances,
 )
 from biovfm_monai.data.intensity import Changes, apply_changes, chances, draw_changes
+from biovfm_monai.draws import forked
 from biovfm_monai.errors import InputError
 
 CPU = torch.device("cpu")
@@ -221,6 +224,37 @@ def test_several_views_are_cut_from_each_image(size, small, image):
     assert batch["modality"] == ["ct"] * 2
     views = [*batch["global_crops"]]
     assert not torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "image"), [((16, 16), (8, 8), (1, 24, 24)), ((8, 16, 16), (4, 8, 8), (12, 24, 24))]
+)
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_several_views_are_those_that_are_made_one_by_one(size, small, image, at_once, monkeypatch):
+    images, keys, names = torch.rand(3, 3, *image), torch.arange(3), ["pathology", "ct", "mri"]
+    large, local = (
+        RandomResizedCrop(size, policy=POLICIES),
+        RandomResizedCrop(small, scale=(0.05, 0.3), policy=POLICIES),
+    )
+    alone = [
+        view({"image": images, "key": forked(keys, number), "modality": names}, CPU)["image"]
+        for number, view in enumerate([large] * 2 + [local] * 3)
+    ]
+    monkeypatch.setattr(views, "_AT_ONCE", at_once)
+    batch = MultiCrop([large] * 2, local, num_local=3)({"image": images, "key": keys, "modality": names}, CPU)
+    torch.testing.assert_close([*batch["global_crops"], *batch["local_crops"]], alone)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 16, 16)])
+def test_what_a_turned_view_shows_beyond_the_source_is_its_mirror_image(size):
+    image = torch.rand(4, 1, *(1, 24, 24) if len(size) == 2 else (12, 24, 24))
+    view = RandomResizedCrop(size, scale=(0.8, 1.0), policy=Policy(rotation=180.0), mean=0, std=1)
+    drawn = view.draw(image, keys=torch.arange(4))
+    assert (drawn.maps[:, :, :-1].abs().sum(2) + drawn.maps[:, :, -1].abs()).max() > 1.1
+    grid = F.affine_grid(drawn.maps, [4, 1, *size], align_corners=False)
+    source = image[:, :, 0] if len(size) == 2 else image
+    expected = F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(view.apply(image, drawn), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_views_of_thick_slices_have_fewer_slices_and_small_ones_too():

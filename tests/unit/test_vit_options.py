@@ -4,6 +4,7 @@ import copy
 import shutil
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -330,6 +331,44 @@ def test_drop_path_leaves_whole_images_out_and_keeps_the_mean(lengths):
     for outcome in outcomes[:50]:
         for part in outcome[0].split(lengths) if lengths else outcome:
             assert part.unique().tolist() in ([0.0], [pytest.approx(4 / 3)])
+
+
+@pytest.mark.parametrize("rope", ["none", "index"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_that_keep_a_branch_are_as_if_alone_and_it_is_left_out_as_often_as_stated(packed, rope):
+    encoder = tiny(depth=1, rope=rope, final_norm=False)
+    block = encoder.blocks[0]
+    image = torch.randn(3, 1, 16, 32, 32)
+    x, angles = encoder.embed(encoder.patchify(image))
+    turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
+    with torch.no_grad():
+        attended = block.attn(block.norm1(x), turn)
+        possible = {}
+        for a in (0, 4 / 3):
+            middle = x + a * attended
+            for m in (0, 4 / 3):
+                possible[a, m] = middle + m * block.mlp(block.norm2(middle))
+        lengths = [x.shape[1]] * 3 if packed else None
+        if packed and turn is not None:
+            turn = tuple(table.repeat(1, 1, 3, 1) for table in turn)
+        block.drop_path.rate = 0.25
+        seen = []
+        for _ in range(400):
+            made = block(x.flatten(0, 1)[None] if packed else x, turn, lengths).view_as(x)
+            for n in range(3):
+                seen.append(min(possible, key=lambda pair: (possible[pair][n] - made[n]).abs().max()))
+                torch.testing.assert_close(made[n], possible[seen[-1]][n], rtol=1e-4, atol=1e-4)
+    assert np.mean([[a > 0, m > 0] for a, m in seen], axis=0) == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_branch_left_out_for_all_images_has_gradients_of_zero():
+    block = tiny(depth=1).blocks[0]
+    block.drop_path.rate = 1 - 1e-9
+    x = torch.randn(2, 5, 24)
+    made = block(x)
+    assert torch.equal(made, x)
+    made.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
 
 def test_attention_without_key_bias_equals_one_whose_key_bias_is_zero():

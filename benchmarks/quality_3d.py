@@ -1,0 +1,154 @@
+"""What an encoder of volumes is worth without fine-tuning: hippocampus MRI, a voxel-wise linear probe.
+
+    python benchmarks/quality_3d.py --data FOLDER [--seconds 240] [--seeds 3] [--methods mae lejepa]
+
+FOLDER is MSD's Task04 (http://medicaldecathlon.com): images/ and labels/ with files of the same names. A SPAD-ViT 96
+wide and 4 deep with patches of 4 x 4 x 4 voxels learns from two thirds of the volumes without labels, by an overlay on
+the bundle `mri_mae_pretraining`, in bf16 for so many seconds of one core. Then it is frozen: one linear layer, trained
+with the labels of the same volumes, maps tokens to logits, which are interpolated to voxels. Dice of the anterior and
+the posterior hippocampus on the last third, beside the same probe of the untrained encoder and of the patches' pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.losses import DiceCELoss
+from monai.metrics import DiceMetric
+from monai.networks import one_hot
+from monai.transforms import Compose, LoadImaged, SpatialPadd
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import train
+
+from biovfm_monai.data.modalities import mri
+from biovfm_monai.data.modalities.base import SlicesFirstd
+from biovfm_monai.networks import ViT, patchify, spad_vit_tiny
+
+BUNDLE = "mri_mae_pretraining"
+METHODS = {"mae": None, "lejepa": "lejepa", "dinov2": "dinov2", "moco_v3": "moco_v3"}
+VIEW, PATCH, WHOLE = (24, 24, 24), 4, (48, 64, 48)
+ENCODER = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+CLASSES, STEPS, BATCH, RATE = 3, 200, 8, 0.01
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Volumes in [-1, 1] and their label maps, 1 x D x H x W, padded to one size."""
+    items = [{"image": str(path), "label": str(folder / "labels" / path.name)} for path in images_of(folder)]
+    both = ("image", "label")
+    transform = Compose(
+        [LoadImaged(both, ensure_channel_first=True), SlicesFirstd(both), mri(("image",)), SpatialPadd(both, WHOLE)]
+    )
+    return [
+        {"image": sample["image"].as_tensor().float() * 2 - 1, "label": sample["label"].as_tensor().long()}
+        for sample in CacheDataset(items, transform, num_workers=1, progress=False)
+    ]
+
+
+def images_of(folder: Path) -> list[Path]:
+    """The volumes' files, in an order of their own but always the same one."""
+    paths = sorted((folder / "images").glob("*.nii*"))
+    return [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
+
+
+@torch.inference_mode()
+def tokens_of(volumes: list[dict[str, Any]], network: Callable[[Tensor], Tensor]) -> Tensor:
+    """Volumes x features x grid."""
+    return torch.cat([network(volume["image"][None]) for volume in volumes]).float().clone()
+
+
+def of_encoder(encoder: ViT) -> Callable[[Tensor], Tensor]:
+    """The last block's tokens."""
+    encoder.eval()
+    return lambda image: encoder.features(image, [-1], 0)[0]
+
+
+def of_pixels(image: Tensor) -> Tensor:
+    """The pixels of each patch."""
+    grid = [n // PATCH for n in WHOLE]
+    return patchify(image, (PATCH,) * 3).transpose(1, 2).unflatten(2, grid)
+
+
+def dice(tokens: Tensor, volumes: list[dict[str, Any]], first_test: int, seed: int) -> tuple[float, float]:
+    """Train the linear layer on the first volumes, and score the others: anterior, posterior."""
+    torch.manual_seed(seed)
+    known = tokens[:first_test]
+    mean, std = known.mean((0, 2, 3, 4), keepdim=True), known.std((0, 2, 3, 4), keepdim=True) + 1e-6
+    tokens = (tokens - mean) / std
+    labels = torch.stack([volume["label"] for volume in volumes])
+    layer = nn.Conv3d(tokens.shape[1], CLASSES, 1)
+    loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    for _ in range(STEPS):
+        rows = torch.randperm(first_test)[:BATCH]
+        logits = F.interpolate(layer(tokens[rows]), WHOLE, mode="trilinear")
+        optimizer.zero_grad()
+        loss_of(logits, labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    metric = DiceMetric(include_background=False, reduction="mean_batch")
+    with torch.inference_mode():
+        for row in range(first_test, len(tokens)):
+            found = F.interpolate(layer(tokens[row : row + 1]), WHOLE, mode="trilinear").argmax(1, keepdim=True)
+            metric(one_hot(found, CLASSES), one_hot(labels[row : row + 1], CLASSES))
+    anterior, posterior = metric.aggregate().tolist()
+    return anterior, posterior
+
+
+def pretrained(method: str, paths: list[Path], seconds: float, seed: int) -> ViT:
+    """An encoder that has seen the volumes without labels."""
+    overrides: dict[str, Any] = {
+        "datalist": [{"image": str(path), "modality": "mri"} for path in paths], "img_size": [*VIEW],
+        "crop_size": [*VIEW], "patch_size": [PATCH] * 3, "batch_size": 16, "learning_rate": 0.001, "precision": "bf16",
+        **{f"encoder#{name}": value for name, value in ENCODER.items()},
+    }  # fmt: skip
+    if method in ("lejepa", "dinov2"):
+        overrides["views#local_view#img_size"] = [12, 12, 12]
+    run = train(BUNDLE, METHODS[method], overrides, seconds, seed)
+    print(f"{method}, seed {seed}: {run.steps} steps, {run.cpu_seconds:.0f} s, loss {run.loss:.3f}", flush=True)
+    return cast(ViT, run.method.trained)
+
+
+def main() -> None:
+    """Print a row per run, then mean and standard deviation over seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["mae"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    volumes = read(arguments.data)
+    first_test = len(volumes) * 2 // 3
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(arguments.seeds):
+        torch.manual_seed(seed)
+        contenders = {
+            "raw pixels": of_pixels, "random init": of_encoder(spad_vit_tiny(1, VIEW, PATCH, **ENCODER)),
+            **{
+                name: of_encoder(pretrained(name, images_of(arguments.data)[:first_test], arguments.seconds, seed))
+                for name in arguments.methods
+            },
+        }  # fmt: skip
+        for name, network in contenders.items():
+            scores = dice(tokens_of(volumes, network), volumes, first_test, seed)
+            found.setdefault(name, []).append(scores)
+            print(f"{name:12} seed {seed}: anterior {scores[0]:.3f}, posterior {scores[1]:.3f}", flush=True)
+    for name, rows in found.items():
+        shown = []
+        for part, values in zip(("anterior", "posterior"), zip(*rows, strict=True), strict=True):
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            shown.append(f"{part} {statistics.mean(values):.3f} ± {spread:.3f}")
+        print(f"{name:12} {', '.join(shown)}")
+
+
+if __name__ == "__main__":
+    main()

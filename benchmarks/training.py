@@ -1,0 +1,72 @@
+"""Training shared by the benchmarks of quality: a bundle and an overlay, for a number of seconds of one core."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
+
+from biovfm_monai.engines import PretrainingTrainer
+from biovfm_monai.methods import SSLMethod
+from biovfm_monai.shipped import shipped_folder
+
+TRIAL = 12
+"""Steps whose time tells how many fit into a budget."""
+
+
+class Trained(NamedTuple):
+    """A method after training, and what it took."""
+
+    method: SSLMethod
+    steps: int
+    images: int
+    cpu_seconds: float
+    loss: float
+
+
+def train(bundle: str, overlay: str | None, overrides: dict[str, Any], seconds: float, seed: int) -> Trained:
+    """Train a bundle, with its own schedules, for so many steps as fit into the seconds of one core.
+
+    Args:
+        bundle: folder below bundles/.
+        overlay: file below configs/, without its ending; None for the bundle as it is.
+        overrides: configuration key, as after `--`, to value.
+        seconds: of the processor's time, not the clock's, so that other processes do not matter much.
+        seed: of weights, crops, views and masks.
+    """
+    trial = build(bundle, overlay, overrides, TRIAL, seed)
+    clock: list[float] = []
+    trial.add_event_handler(Events.ITERATION_COMPLETED, lambda _: clock.append(time.process_time()))
+    trial.run()
+    per_step = (clock[-1] - clock[1]) / (len(clock) - 2)
+    steps = max(round(seconds / per_step), 1)
+    trainer = build(bundle, overlay, overrides, steps, seed)
+    begun = time.process_time()
+    trainer.run()
+    used = time.process_time() - begun
+    return Trained(trainer.method, steps, trainer.samples_seen, used, float(trainer.state.output[0]["loss"]))
+
+
+def build(bundle: str, overlay: str | None, overrides: dict[str, Any], steps: int, seed: int) -> PretrainingTrainer:
+    """The trainer of a bundle without its handlers, which write files."""
+    files: list[Path] = [shipped_folder("bundles") / bundle / "configs/train.json"]
+    files += [shipped_folder("configs") / f"{overlay}.json"] if overlay else []
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    parser.update(
+        {
+            "max_epochs": 1,
+            "steps_per_epoch": steps,
+            "seed": seed,
+            "device": torch.device("cpu"),
+            "train#handlers": [],
+            **overrides,
+        }
+    )
+    set_determinism(seed)
+    return parser.get_parsed_content("train#trainer")
