@@ -142,6 +142,8 @@ def test_changes_come_with_the_stated_probability_and_strength():
     assert (drawn.saturation == 0).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert ((drawn.stain != 1).all(1)).float().mean().item() == pytest.approx(0.7, abs=0.03)
     assert drawn.solarise.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert drawn.inverted.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert abs(np.corrcoef(drawn.inverted, drawn.solarise)[0, 1]) < 0.06
     assert np.abs(np.corrcoef(drawn.stain[(drawn.stain != 1).all(1)].T) - np.eye(3)).max() < 0.06
 
 
