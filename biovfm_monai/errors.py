@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import re
 import sys
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
-__all__ = ["CollapseError", "InputError", "NonFiniteLossError", "reason_of", "report_input_errors"]
+__all__ = [
+    "CollapseError", "InputError", "NonFiniteLossError", "reason_of", "report_input_errors", "require_pair",
+    "require_within",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,34 @@ class NonFiniteLossError(FloatingPointError):
 
 class CollapseError(ArithmeticError):
     """An encoder tells images apart no more; the message says by what that shows, and what to try."""
+
+
+def require_within(least: float, most: float = math.inf, above: bool = False, **given: Any) -> None:
+    """Refuse what is no number of a range; of a sequence, each of its numbers is to be one.
+
+    Args:
+        least, most: ends of the range, which are in it.
+        above: whether `least` is not.
+        **given: name of an argument -> its value.
+
+    Raises:
+        InputError: naming the argument, its value and the rule.
+    """
+    for name, value in given.items():
+        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for number in numbers:
+            if not (isinstance(number, float | int) and least <= number <= most and not (above and number == least)):
+                start = f"above {least}" if above else f"{least} or more"
+                rule = start if most == math.inf else f"{start}, and at most {most}"
+                raise InputError(f"{name} {value!r} must be {rule}. Correct it.")
+
+
+def require_pair(least: float, most: float = math.inf, above: bool = False, **given: Any) -> None:
+    """Refuse what is no range inside a range: two numbers as `require_within` takes them, the lower one first."""
+    for name, value in given.items():
+        require_within(least, most, above, **{name: value})
+        if not isinstance(value, Sequence) or len(value) != 2 or value[0] > value[1]:
+            raise InputError(f"{name} {value!r} must be two numbers, the lower one first. Correct it.")
 
 
 def _message(error: BaseException | None) -> str | None:

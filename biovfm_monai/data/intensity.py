@@ -19,6 +19,7 @@ _NAMES = (
     "brightness", "contrast", "saturation", "hue", "grey", "gamma", "blur", "low_resolution", "noise", "solarise",
     "haematoxylin", "eosin", "dab",
 )  # fmt: skip
+_DRAWN = (*_NAMES, "inverted")
 _STAIN_NAMES = _NAMES[-3:]
 _FIELD = dict.fromkeys(_STAIN_NAMES, "stain")
 _ONE_CHANCE = dict.fromkeys(_STAIN_NAMES, _STAIN_NAMES[0])
@@ -77,7 +78,8 @@ def draw_changes(policies: Mapping[str, Tensor], keys: Tensor) -> Changes:
         policies: name of a change in `Policy` -> B x 2, its probability and strength for each image.
         keys: B, as `uniform` takes them; on the CPU, where the drawing is for any device.
     """
-    happens, size = (dict(zip(_NAMES, uniform(keys, len(_NAMES), stream).unbind(1), strict=True)) for stream in (2, 3))
+    numbers = (uniform(keys, len(_DRAWN), stream).unbind(1) for stream in (2, 3))
+    happens, size = (dict(zip(_DRAWN, of, strict=True)) for of in numbers)
 
     def drawn(name: str, strength: Callable[[Tensor, Tensor], Tensor], still: float) -> Tensor:
         probability, most = policies[name].unbind(1)
@@ -90,7 +92,7 @@ def draw_changes(policies: Mapping[str, Tensor], keys: Tensor) -> Changes:
         hue=drawn("hue", lambda most, u: most * (2 * u - 1), 0.0),
         stain=torch.stack([drawn(name, _around_one, 1.0) for name in _STAIN_NAMES], dim=1),
         gamma=drawn("gamma", lambda most, u: most ** (2 * u - 1), 1.0),
-        inverted=size["solarise"] < 0.5,
+        inverted=happens["inverted"] < 0.5,
         blur=drawn("blur", lambda most, u: _SHARP + (most - _SHARP) * u, 0.0),
         pixel=drawn("low_resolution", lambda most, u: 1 + (most - 1) * u, 1.0),
         noise=drawn("noise", lambda most, u: most * u, 0.0),

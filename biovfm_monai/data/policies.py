@@ -6,9 +6,12 @@ for volumes, and of DINOv2 (https://arxiv.org/abs/2304.07193) where colour is re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from biovfm_monai.errors import InputError, require_within
 
 __all__ = ["NATURAL", "POLICIES", "Policy", "geometric", "with_chances"]
 
@@ -32,6 +35,9 @@ class Policy:
         low_resolution: (probability, f): as if pixels were up to f times as wide.
         noise: (probability, largest standard deviation), where [0, 1] is black to white.
         solarise: probability that what is brighter than half is inverted.
+
+    Raises:
+        InputError: when a probability is not from 0 to 1, or a size is negative.
     """
 
     flip: float = 0.5
@@ -49,6 +55,19 @@ class Policy:
     low_resolution: Chance = (0.0, 1.0)
     noise: Chance = (0.0, 0.0)
     solarise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            given: dict[str, Any] = {field.name: getattr(self, field.name)}
+            if isinstance(field.default, tuple):
+                value = given[field.name]
+                if not isinstance(value, tuple | list) or len(value) != 2:
+                    raise InputError(f"{field.name} {value!r} must be a probability and a size. Give both.")
+                # Configuration files have lists.
+                object.__setattr__(self, field.name, tuple(value))
+                require_within(0, **given)
+                given[field.name] = value[0]
+            require_within(0, math.inf if field.name == "rotation" else 1, **given)
 
 
 _GEOMETRY = ("flip", "vertical_flip", "depth_flip", "rotation")

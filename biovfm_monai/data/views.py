@@ -14,7 +14,7 @@ from biovfm_monai.data.intensity import Changes, apply_changes, chances, draw_ch
 from biovfm_monai.data.policies import Policy
 from biovfm_monai.data.preprocessing import crop_of_degree
 from biovfm_monai.draws import forked, random_keys, uniform
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_pair, require_within
 
 __all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
 
@@ -52,6 +52,11 @@ class RandomResizedCrop:
         policy: flips, turns and changes of intensity; one for all images, or by modality, such as `POLICIES`. What a
             turned view shows beyond the source is its mirror image.
         mean, std: of the normalisation, after which [0, 1] becomes (0 - mean) / std and so on.
+
+    A view larger than what it shows, such as of images smaller than img_size, is interpolated.
+
+    Raises:
+        InputError: when a size, or a range of shares or proportions, means nothing.
     """
 
     def __init__(
@@ -64,6 +69,11 @@ class RandomResizedCrop:
         mean: float = 0.5,
         std: float = 0.5,
     ) -> None:
+        require_within(1, img_size=img_size)
+        require_pair(0, 1, above=True, scale=scale)
+        require_pair(0, above=True, ratio=ratio)
+        if depth_scale is not None:
+            require_pair(0, 1, above=True, depth_scale=depth_scale)
         self.img_size = tuple(img_size)
         self.scale, self.ratio, self.depth_scale, self.policy = scale, ratio, depth_scale, policy
         self.mean, self.std = mean, std
@@ -212,7 +222,7 @@ class MultiCrop:
         num_local: how many small ones.
 
     Raises:
-        InputError: when there is no large view, or large ones differ in size.
+        InputError: when there is no large view, or large ones differ in size, or num_local is negative.
     """
 
     def __init__(
@@ -224,6 +234,7 @@ class MultiCrop:
         if len({view.img_size for view in global_views}) != 1:
             sizes = [list(view.img_size) for view in global_views]
             raise InputError(f"global_views of sizes {sizes} must be one or more, of one size. Correct them.")
+        require_within(0, num_local=num_local)
         self.global_views, self.local_view, self.num_local = list(global_views), local_view, num_local
 
     @property

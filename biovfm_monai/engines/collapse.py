@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from monai.networks.utils import eval_mode
 from torch import Tensor
 
 from biovfm_monai import distributed
 from biovfm_monai.data import MultiCrop, RandomCropDataset, RandomResizedCrop
+from biovfm_monai.engines.resume import StateHandler
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.errors import CollapseError, InputError
 from biovfm_monai.networks import Embedder, SoftTokenizer, ViT
@@ -54,20 +56,28 @@ class CollapseHandler:
     Their effective rank goes to `engine.state.metrics`, and so to TensorBoard and the log, as "effective_rank"; what
     `probe` finds as "probe". A method's "teacher_entropy" is looked at, too. A tokenizer has no embedding to look at.
 
+    A run that goes back does so to the newest state, which is of the epoch before or an earlier one, none of which had
+    a sign. All learning rates are lower from there on: with the same ones it would come to the same end. A resumed run
+    goes on with them, and goes back as one that was not disturbed does. "rewinds", how often it went back, is logged.
+
     Args:
         dataset: source of the images, its first crops.
         views: brings a crop to the encoder's size, without randomness.
         interval: epochs between looks; the last epoch always gets one.
         num_images: how many crops, over all processes, of which each keeps its part in memory.
-        on_collapse: "warn", once for each sign, or "stop" the run, before the state of its epoch is written.
+        on_collapse: "warn", once for each sign; "stop" the run, before the state of its epoch is written; or "rewind",
+            go back to the newest state.
         least_rank: smallest effective rank, as a share of the way from 1 to the largest possible one.
-        least_of_best: smallest effective rank, as a share of the best one after the warm-up; a resumed run begins anew.
+        least_of_best: smallest effective rank, as a share of the best one after the warm-up.
         warmup: share of the run before which no rank or entropy counts.
         probe: encoder, in evaluation mode, to a score, such as an accuracy on labelled images; run by the main process.
+        states: the trainer's handler of states, for going back.
+        lr_factor: of all learning rates, each time the run goes back.
+        most_rewinds: how often it may.
 
     Raises:
-        InputError: on an unknown on_collapse, or fewer than 2 images.
-        CollapseError: in the trainer's `run`, on a sign of collapse, if that is to stop it.
+        InputError: on an unknown on_collapse, fewer than 2 images, or a way of going back that there is not.
+        CollapseError: in the trainer's `run`, on a sign of collapse, if that is to stop it, or it cannot go back.
     """
 
     def __init__(
@@ -81,20 +91,34 @@ class CollapseHandler:
         least_of_best: float = 0.5,
         warmup: float = 0.1,
         probe: Callable[[ViT], float] | None = None,
+        states: StateHandler | None = None,
+        lr_factor: float = 0.5,
+        most_rewinds: int = 3,
     ) -> None:
-        if on_collapse not in ("warn", "stop"):
-            raise InputError(f"on_collapse {on_collapse!r} must be 'warn' or 'stop'. Give one of them.")
+        if on_collapse not in ("warn", "stop", "rewind"):
+            raise InputError(f"on_collapse {on_collapse!r} must be 'warn', 'stop' or 'rewind'. Give one of them.")
+        if on_collapse == "rewind" and (states is None or interval != 1):
+            raise InputError(
+                "on_collapse 'rewind' must have the StateHandler as states, and interval 1, or epochs without a look "
+                "would leave states. Give both, or on_collapse 'stop'."
+            )
+        if not 0 < lr_factor < 1:
+            raise InputError(f"lr_factor {lr_factor} must be between 0 and 1, to learn more slowly. Give such as 0.5.")
         if num_images < 2:
             raise InputError(f"num_images {num_images} must be 2 or more, to tell one from another. Give more.")
         self.dataset, self.views, self.interval, self.num_images = dataset, views, interval, num_images
         self.on_collapse, self.least_rank, self.least_of_best = on_collapse, least_rank, least_of_best
         self.warmup, self.probe = warmup, probe
+        self.states, self.lr_factor, self.most_rewinds = states, lr_factor, most_rewinds
         self._batches: list[tuple[Tensor, int | None]] = []
-        self._best = 0.0
+        self._rewinds = 0
         self._said: set[str] = set()
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
+        engine.state.best_rank, engine.state.rewinds = 0.0, 0
+        engine.state_dict_user_keys.extend(["best_rank", "rewinds"])
+        engine.add_event_handler(Events.EPOCH_STARTED, self._slow_down)
         # Before the handlers of the iteration's and the epoch's end, which log what is found and write the state.
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._look)
 
@@ -110,18 +134,44 @@ class CollapseHandler:
             embedding = self._embed(trained, engine.state.device)
             if self.probe is not None and distributed.is_main():
                 engine.state.metrics["probe"] = self.probe(trained)
-        rank = effective_rank(embedding)
+        # One number on all processes, so that all of them do the same.
+        rank = distributed.mean(torch.tensor(effective_rank(embedding), device=engine.state.device)).item()
         engine.state.metrics["effective_rank"] = rank
+        if self.on_collapse == "rewind":
+            engine.state.metrics["rewinds"] = engine.state.rewinds
         if engine.step < self.warmup * engine.total_steps:
             return
-        self._best = max(self._best, rank)
+        engine.state.best_rank = best = max(engine.state.best_rank, rank)
         entropy = engine.state.output[0].get("teacher_entropy")
         entropy = None if entropy is None else distributed.mean(entropy).item()
-        for kind, sign in self._signs(rank, min(embedding.shape), entropy):
+        for kind, sign in self._signs(rank, min(embedding.shape), best, entropy):
             message = f"collapse at epoch {epoch}: {sign}"
             if self.on_collapse == "stop":
                 raise CollapseError(message)
+            if self.on_collapse == "rewind":
+                self._go_back(engine, message)
+                return
             self._say(kind, message, logging.WARNING)
+
+    def _go_back(self, engine: PretrainingTrainer, message: str) -> None:
+        if engine.state.rewinds >= self.most_rewinds:
+            raise CollapseError(f"{message} The run went back {engine.state.rewinds} time(s) already.")
+        if self.states is None or not self.states.rewind(engine):
+            raise CollapseError(f"{message} There is no state of an earlier epoch to go back to.")
+        self._rewinds = engine.state.rewinds + 1
+        # Lines that the log gets from there on would show what was found here.
+        for name in ("effective_rank", "probe"):
+            engine.state.metrics.pop(name, None)
+        if distributed.is_main():
+            logger.warning("%s Going back to the newest state, with learning rates times %g.", message, self.lr_factor)
+
+    def _slow_down(self, engine: PretrainingTrainer) -> None:
+        """Lower learning rates, a schedule's too, for each time that the state gone back to knows nothing of."""
+        for _ in range(engine.state.rewinds, self._rewinds):
+            for group in engine.optimizer.param_groups:
+                group["lr"] *= self.lr_factor
+                group["lr_scale"] = group.get("lr_scale", 1.0) * self.lr_factor
+        engine.state.rewinds = max(engine.state.rewinds, self._rewinds)
 
     def _embed(self, encoder: ViT, device: torch.device) -> Tensor:
         """Embeddings of the images of all processes, images x embed_dim, the same on each of them."""
@@ -143,12 +193,12 @@ class CollapseHandler:
             found.setdefault((sample["image"].shape, sample.get("anisotropy")), []).append(sample["image"])
         return [(part, degree) for (_, degree), images in found.items() for part in torch.stack(images).split(_BATCH)]
 
-    def _signs(self, rank: float, largest: int, entropy: float | None) -> Iterator[tuple[str, str]]:
+    def _signs(self, rank: float, largest: int, best: float, entropy: float | None) -> Iterator[tuple[str, str]]:
         """Kind of each sign of collapse, and what it is and what to try."""
         if rank < 1 + self.least_rank * (largest - 1):
             yield "rank", f"the effective rank of embeddings is {rank:.2f} of at most {largest}. {_SPREAD}"
-        if rank < self.least_of_best * self._best:
-            yield "best", f"the effective rank of embeddings fell from {self._best:.2f} to {rank:.2f}. {_SPREAD}"
+        if rank < self.least_of_best * best:
+            yield "best", f"the effective rank of embeddings fell from {best:.2f} to {rank:.2f}. {_SPREAD}"
         if entropy is not None and entropy < _NEAR:
             yield "sharp", f"the teacher's entropy is {entropy:.4f} of 1, one prototype a view. Raise teacher_temp."
         if entropy is not None and entropy > 1 - _NEAR:

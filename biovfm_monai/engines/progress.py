@@ -52,6 +52,7 @@ class ProgressHandler:
 
     def _start(self, engine: PretrainingTrainer) -> None:
         self._reset(engine)
+        self._finish(engine)
         if not distributed.is_main():
             return
         if self.log_path is not None:

@@ -24,9 +24,9 @@ _NAMES = ("latest.pt", "previous.pt")
 class StateHandler:
     """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`.
 
-    A state holds the method (teacher and heads too), the optimizer, the loss scaler and how far the run is; schedules,
-    data order and random numbers follow from that. Files hold tensors and plain values only and are read with
-    `weights_only=True`.
+    A state holds the method (teacher and heads too), the optimizer, the loss scaler, how far the run is, and attributes
+    of `engine.state` that other handlers have named in `engine.state_dict_user_keys`; schedules, data order and random
+    numbers follow from that. Files hold tensors and plain values only and are read with `weights_only=True`.
 
     Args:
         folder: where the two files are.
@@ -42,12 +42,26 @@ class StateHandler:
         self.folder = Path(folder)
         self.interval = interval
         self.resume = resume
+        self._rewinding = False
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
         # Before all other handlers: they look at where the run is.
         engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def rewind(self, engine: PretrainingTrainer) -> bool:
+        """Let a run go back to its newest state once this iteration is complete.
+
+        Call it on all processes, and before the end of the epoch, whose state would be the newest one else.
+
+        Returns:
+            Whether there is a state; without one, nothing happens.
+        """
+        self._rewinding = bool(self._paths())
+        if self._rewinding:
+            engine.begin_again()
+        return self._rewinding
 
     def _save(self, engine: PretrainingTrainer) -> None:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
@@ -60,6 +74,7 @@ class StateHandler:
             "step": engine.step,
             "samples_seen": engine.samples_seen,
             "epoch": engine.state.epoch,
+            "kept": {name: getattr(engine.state, name) for name in engine.state_dict_user_keys},
         }
         latest = self.folder / "latest.pt"
         with write_atomically(latest) as draft:
@@ -68,19 +83,20 @@ class StateHandler:
                 latest.replace(self.folder / "previous.pt")
 
     def _load(self, engine: PretrainingTrainer) -> None:
+        resume, self._rewinding = self.resume or self._rewinding, False
         # One process decides which state it is, before the others look.
         if distributed.is_main():
             require_writable(self.folder)
-            if self.resume:
+            if resume:
                 self._set_damaged_aside()
             else:
                 for path in self._paths():
                     set_aside(path)
         distributed.barrier()
         paths = self._paths()
-        if self.resume and paths:
+        if resume and paths:
             self._apply(engine, torch.load(paths[0], map_location="cpu", weights_only=True), paths[0])
-        elif self.resume:
+        elif resume:
             logger.info("no state to resume from in %s: starting anew", self.folder)
 
     def _paths(self) -> list[Path]:
@@ -113,6 +129,8 @@ class StateHandler:
             engine.loss_scaler.load_state_dict(state["loss_scaler"])
             engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
             samples_seen = state["samples_seen"]
+            for name in engine.state_dict_user_keys:
+                setattr(engine.state, name, state["kept"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(

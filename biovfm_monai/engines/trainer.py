@@ -98,6 +98,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.schedules = dict(schedules or {})
         self.seed = seed
         self._unchecked: deque[tuple[int, Tensor]] = deque()
+        self._again = False
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -116,6 +117,18 @@ class PretrainingTrainer(SupervisedTrainer):
             accumulation_steps=accumulation_steps,
         )
         self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
+
+    def run(self) -> None:
+        """Train to the end, beginning again as often as a handler asks for it by `begin_again`."""
+        self._again = True
+        while self._again:
+            self._again = False
+            super().run()
+
+    def begin_again(self) -> None:
+        """End the run after this iteration, and let it begin again where handlers of `Events.STARTED` put it."""
+        self._again = True
+        self.terminate(skip_completed=True)
 
     @property
     def method(self) -> SSLMethod:
@@ -202,7 +215,8 @@ class PretrainingTrainer(SupervisedTrainer):
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(
                     f"the loss is {loss.item()} at iteration {iteration}. Lower --learning_rate, set --clip_norm 1.0, "
-                    "or train with --precision fp32; the last checkpoint is from before."
+                    "or train with --precision fp32; if it is the first one, look for images that are not finite. "
+                    "The last checkpoint is from before."
                 )
 
 

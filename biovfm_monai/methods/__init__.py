@@ -10,8 +10,9 @@ from biovfm_monai.methods.masked_tokens import MaskedTokenModeling
 from biovfm_monai.methods.moco_v3 import MoCoV3
 from biovfm_monai.methods.simmim import SimMIM
 from biovfm_monai.methods.spad_tokenizer import SPADTokenizer
+from biovfm_monai.methods.vicreg import VICReg
 
 __all__ = [
     "IJEPA", "MAE", "BarlowTwins", "DINOv2", "LeJEPA", "MaskedTokenModeling", "MoCoV3", "SPADTokenizer", "SSLMethod",
-    "SimMIM",
+    "SimMIM", "VICReg",
 ]  # fmt: skip

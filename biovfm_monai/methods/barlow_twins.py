@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from biovfm_monai import distributed
-from biovfm_monai.errors import InputError
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
@@ -44,12 +43,7 @@ class BarlowTwins(SSLMethod):
         Raises:
             InputError: when there are not two views.
         """
-        crops, degree = images_of_batch(batch, "global_crops"), degree_of_batch(batch)
-        if len(crops) != 2:
-            raise InputError(
-                f"Barlow Twins compares 2 global crops of an image, the batch has {len(crops)}. "
-                "Let biovfm_monai.data.MultiCrop make 2."
-            )
+        crops, degree = images_of_batch(batch, "global_crops", 2), degree_of_batch(batch)
         seen = self.encoder(crops.flatten(0, 1), degree)
         rows = pool(seen, self.encoder.global_pool, self.encoder.num_prefix_tokens)
         # Batch norm takes one view at a time; the last one leaves numbers of mean 0 and variance 1.

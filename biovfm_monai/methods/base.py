@@ -55,14 +55,19 @@ def degree_of_batch(batch: Mapping[str, Any]) -> int | None:
     return int(degrees[0]) if degrees else None
 
 
-def images_of_batch(batch: Mapping[str, Any], name: str) -> Tensor:
-    """The images or crops that a batch has under a name.
+def images_of_batch(batch: Mapping[str, Any], name: str, views: int | None = None) -> Tensor:
+    """The images or crops that a batch has under a name, and, where that is asked, just so many views of an image.
 
     Raises:
-        InputError: when it has none, naming the view that makes them.
+        InputError: when it has none or another number, naming the view that makes them.
     """
     if name not in batch:
         raise InputError(f'the batch has no "{name}". Let biovfm_monai.data.{_VIEWS[name]} make its views.')
+    if views is not None and len(batch[name]) != views:
+        raise InputError(
+            f'the method compares {views} views of an image, the batch has {len(batch[name])} "{name}". '
+            f"Let biovfm_monai.data.{_VIEWS[name]} make {views}."
+        )
     return batch[name]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from biovfm_monai import distributed
 from biovfm_monai.draws import forked, uniform
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.prototype_head import PrototypeHead
@@ -81,6 +81,11 @@ class DINOv2(SSLMethod):
             )
         if centering not in ("sinkhorn", "mean"):
             raise InputError(f"centering {centering!r} must be 'sinkhorn' or 'mean'. Give one of them.")
+        require_within(0, queue=queue)
+        require_within(0, above=True, student_temp=student_temp, teacher_temp=teacher_temp)
+        require_within(0, 1, momentum=momentum, mask_probability=mask_probability, freeze_last_layer=freeze_last_layer)
+        require_within(0, 1, above=True, warmup=warmup)
+        require_pair(0, 1, mask_ratio=mask_ratio)
         self.encoder = encoder
         self.progress: Tensor
         self.centers: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai.draws import uniform
+from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
 from biovfm_monai.networks import Block, Patches, ViT, sincos_positions, take_tokens
@@ -35,7 +36,7 @@ class IJEPA(SSLMethod):
         momentum: share of the teacher that a step keeps at first; it rises to 1 in a straight line.
 
     Raises:
-        ValueError: when predictor_num_heads does not divide predictor_embed_dim.
+        InputError: when predictor_num_heads does not divide predictor_embed_dim, or a number means nothing.
     """
 
     encoder: ViT
@@ -55,7 +56,13 @@ class IJEPA(SSLMethod):
         super().__init__()
         heads = predictor_num_heads or encoder.embed_dim // encoder.head_dim
         if predictor_embed_dim % heads:
-            raise ValueError(f"predictor_num_heads {heads} must divide predictor_embed_dim {predictor_embed_dim}")
+            raise InputError(
+                f"predictor_num_heads {heads} must divide predictor_embed_dim {predictor_embed_dim}. Correct one."
+            )
+        require_within(0, 1, momentum=momentum)
+        require_within(1, num_targets=num_targets)
+        require_pair(0, 1, above=True, target_scale=target_scale, context_scale=context_scale)
+        require_pair(0, above=True, target_aspect=target_aspect)
         self.encoder = encoder
         self.num_targets, self.target_scale, self.target_aspect = num_targets, target_scale, target_aspect
         self.context_scale, self.momentum = context_scale, momentum

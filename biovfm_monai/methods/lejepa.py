@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.losses import sigreg
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
@@ -25,6 +25,9 @@ class LeJEPA(SSLMethod):
         projector_dims: widths of the projector's layers.
         sigreg_weight: share of SIGReg in the loss, the paper's lambda; the rest is the views' distance.
         num_slices: random directions that SIGReg looks along, other ones in each step.
+
+    Raises:
+        InputError: when a number means nothing.
     """
 
     encoder: ViT
@@ -38,6 +41,8 @@ class LeJEPA(SSLMethod):
         num_slices: int = 1024,
     ) -> None:
         super().__init__()
+        require_within(0, 1, sigreg_weight=sigreg_weight)
+        require_within(1, num_slices=num_slices)
         self.sigreg_weight, self.num_slices = sigreg_weight, num_slices
         self.encoder = encoder
         self.projector = projector([encoder.embed_dim, *projector_dims])

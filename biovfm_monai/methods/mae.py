@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
@@ -27,7 +28,7 @@ class MAE(SSLMethod):
         norm_pix_loss: predict each patch with its own mean and standard deviation taken out.
 
     Raises:
-        ValueError: when decoder_num_heads does not divide decoder_embed_dim.
+        InputError: when decoder_num_heads does not divide decoder_embed_dim.
     """
 
     encoder: ViT
@@ -44,7 +45,9 @@ class MAE(SSLMethod):
     ) -> None:
         super().__init__()
         if decoder_embed_dim % decoder_num_heads:
-            raise ValueError(f"decoder_num_heads {decoder_num_heads} must divide decoder_embed_dim {decoder_embed_dim}")
+            raise InputError(
+                f"decoder_num_heads {decoder_num_heads} must divide decoder_embed_dim {decoder_embed_dim}. Correct one."
+            )
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss

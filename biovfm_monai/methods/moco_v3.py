@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import require_within
 from biovfm_monai.losses import info_nce
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
@@ -26,6 +26,9 @@ class MoCoV3(SSLMethod):
         temperature: of the cosines.
         momentum: share of the teacher that a step keeps at first; it rises to 1 along half a cosine.
         freeze_patch_embed: leave the projection of patches as it is, without which training was unstable.
+
+    Raises:
+        InputError: when a number means nothing.
     """
 
     encoder: ViT
@@ -40,6 +43,8 @@ class MoCoV3(SSLMethod):
         freeze_patch_embed: bool = True,
     ) -> None:
         super().__init__()
+        require_within(0, above=True, temperature=temperature)
+        require_within(0, 1, momentum=momentum)
         self.temperature, self.momentum = temperature, momentum
         self.encoder = encoder
         if freeze_patch_embed:
@@ -55,12 +60,7 @@ class MoCoV3(SSLMethod):
         Raises:
             InputError: when there are not two of them.
         """
-        crops, degree = images_of_batch(batch, "global_crops"), degree_of_batch(batch)
-        if len(crops) != 2:
-            raise InputError(
-                f"MoCo v3 compares 2 global crops of an image, the batch has {len(crops)}. "
-                "Let biovfm_monai.data.MultiCrop make 2."
-            )
+        crops, degree = images_of_batch(batch, "global_crops", 2), degree_of_batch(batch)
         views = crops.flatten(0, 1)
         seen = pool(self.encoder(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
         known = pool(self.teacher(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)

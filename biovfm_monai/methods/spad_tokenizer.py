@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from biovfm_monai import distributed
 from biovfm_monai.draws import uniform
+from biovfm_monai.errors import require_within
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
@@ -38,6 +39,9 @@ class SPADTokenizer(SSLMethod):
         perceptual_weight, usage_weight, entropy_weight, adversarial_weight: of the terms beside the L1 distance.
         gate: the adversarial term counts while the discriminator's loss, now and on average, is not above this.
         gate_momentum: of that average.
+
+    Raises:
+        InputError: when gate_momentum is no share.
     """
 
     encoder: SoftTokenizer
@@ -57,6 +61,7 @@ class SPADTokenizer(SSLMethod):
         gate_momentum: float = 0.9,
     ) -> None:
         super().__init__()
+        require_within(0, 1, gate_momentum=gate_momentum)
         self.encoder, self.discriminator = encoder, discriminator
         self.perceptual = None if perceptual is None else perceptual.requires_grad_(False).eval()
         self.weights = {

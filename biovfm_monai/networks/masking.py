@@ -31,10 +31,12 @@ def random_mask(keys: Tensor, num_tokens: int, mask_ratio: float) -> tuple[Tenso
         keep (B x visible) and hidden (B x hidden): token numbers, ascending, together every token once.
 
     Raises:
-        ValueError: when there are fewer than two tokens or the ratio is not between 0 and 1.
+        InputError: when there are fewer than two tokens or the ratio is not between 0 and 1.
     """
-    if num_tokens < 2 or not 0 < mask_ratio < 1:
-        raise ValueError(f"masking needs at least 2 tokens and a mask_ratio in (0, 1), got {num_tokens}, {mask_ratio}")
+    if num_tokens < 2:
+        raise InputError(f"masking needs 2 tokens of an image, there is {num_tokens}. Give larger images.")
+    if not 0 < mask_ratio < 1:
+        raise InputError(f"mask_ratio {mask_ratio} must be between 0 and 1. Correct it.")
     # 1 - 0.55 is a little less than 0.45, and 500 tokens would lose one of their 225.
     visible = min(max(int(num_tokens * (1 - mask_ratio) + 1e-6), 1), num_tokens - 1)
     order = uniform(keys, num_tokens, stream=1).argsort(dim=1)

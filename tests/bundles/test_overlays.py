@@ -1,5 +1,6 @@
 """Each method's overlay trains, in this process, on the bundle of 2D images and on that of volumes."""
 
+import inspect
 import json
 import shutil
 
@@ -14,7 +15,9 @@ from biovfm_monai.networks import SoftTokenizer
 from biovfm_monai.shipped import copy_bundle
 
 pytestmark = pytest.mark.xdist_group("bundle")
-METHODS = ["barlow_twins", "dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer"]
+METHODS = [
+    "barlow_twins", "dinov2", "ijepa", "lejepa", "masked_tokens", "moco_v3", "simmim", "spad_tokenizer", "vicreg",
+]  # fmt: skip
 SMALL = {
     "moco_v3": {"method::hidden_dim": 64},
     "dinov2": {"method::hidden_dim": 64, "views::num_local": 2},
@@ -68,3 +71,10 @@ def test_every_method_has_an_overlay_and_a_section_in_the_docs():
     assert set(METHODS) == set(named.values()) - {"mae"}
     text = (ROOT / "docs/methods.md").read_text()
     assert [stem for stem in named.values() if f"{stem}.json" not in text] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.__all__) - {"SSLMethod"}))
+def test_the_docs_have_each_methods_arguments_with_their_defaults(name):
+    arguments = inspect.signature(getattr(methods, name)).parameters.values()
+    given = (one.name if one.default is one.empty else f"{one.name}={one.default!r}" for one in arguments)
+    assert f"{name}({', '.join(given)})" in " ".join((ROOT / "docs/methods.md").read_text().split())

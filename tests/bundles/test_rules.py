@@ -91,6 +91,15 @@ def test_handlers_are_a_list_of_dicts_and_datasets_are_dicts_with_data(bundle):
     assert train["dataset"]["transform"] == "@train::preprocessing"
 
 
+def test_a_collapse_is_watched_for_and_takes_a_run_back_to_the_states_it_writes_where_that_is_asked(bundle):
+    train = json.loads((bundle / "configs/train.json").read_text())
+    handlers = train["train"]["handlers"]
+    (watching,) = (handler for handler in handlers if handler["_target_"].endswith(".CollapseHandler"))
+    assert (watching["on_collapse"], watching["states"]) == ("@on_collapse", "@train::handlers::0")
+    assert handlers[0]["_target_"].endswith(".StateHandler")
+    assert handlers.index(watching) == 4, "docs/methods.md names it by its number"
+
+
 def test_outputs_lie_below_the_bundle_and_are_expressions(bundle):
     train = json.loads((bundle / "configs/train.json").read_text())
     for key in ("output_dir", "ckpt_dir"):

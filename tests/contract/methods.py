@@ -12,6 +12,7 @@ from biovfm_monai.methods import (
     MoCoV3,
     SimMIM,
     SPADTokenizer,
+    VICReg,
 )
 from biovfm_monai.networks import EncoderFeatures, PatchDiscriminator, SoftTokenizer, ViT
 
@@ -31,6 +32,7 @@ METHODS = {
     "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
     "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),
     "BarlowTwins": lambda encoder: BarlowTwins(encoder, projector_dims=(32, 32, 16)),
+    "VICReg": lambda encoder: VICReg(encoder, projector_dims=(32, 32, 16)),
     "LeJEPA": lambda encoder: LeJEPA(encoder, projector_dims=(32, 32, 8), num_slices=64),
     "MaskedTokenModeling": lambda encoder: MaskedTokenModeling(encoder, tokenizer(sureness=10), mask_layer=1),
     "SPADTokenizer": lambda encoder: SPADTokenizer(tokenizer(), discriminator(), EncoderFeatures(encoder)),

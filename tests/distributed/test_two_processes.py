@@ -40,6 +40,46 @@ found = {"rows": sorted(rows.tolist()), "usage": usage.item(), "read": sum(len(x
 Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 distributed.finalize()
 """
+REWOUND = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from biovfm_monai import data, distributed, engines
+from biovfm_monai.methods import SSLMethod
+from biovfm_monai.networks import ViT
+
+class Attraction(SSLMethod):
+    def __init__(self):
+        super().__init__()
+        self.encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3)
+
+    def forward(self, batch):
+        return {"loss": (self.encoder(batch["image"]).mean(1) - torch.linspace(-2, 2, 24)).square().sum(1).mean()}
+
+distributed.initialize()
+torch.manual_seed(0)
+images = [{"image": torch.rand(1, 1, 24, 24), "modality": "ct"} for _ in range(5)]
+dataset = data.RandomCropDataset(images, lambda item: item, (20, 20))
+method, views, out = Attraction(), data.RandomResizedCrop((16, 16)), sys.argv[1]
+network = distributed.parallel(method, "cpu")
+states = engines.StateHandler(out + "/state")
+trainer = engines.PretrainingTrainer(
+    "cpu", 4, DataLoader(dataset, batch_sampler=data.GlobalBatchSampler(4, 3)), network,
+    torch.optim.SGD(method.parameters(), 0.005, momentum=0.9), prepare_batch=views,
+    train_handlers=[
+        states, engines.ProgressHandler(out + "/log.jsonl", 1),
+        engines.CollapseHandler(
+            dataset, views, num_images=40, on_collapse="rewind", least_of_best=0.6, warmup=0, states=states,
+            lr_factor=0.1,
+        ),
+    ],
+)
+trainer.run()
+found = {"rewinds": trainer.state.rewinds, "weights": torch.cat([p.flatten() for p in method.parameters()]).tolist()}
+Path(out, f"rank{distributed.rank()}.json").write_text(json.dumps(found))
+distributed.finalize()
+"""
 
 
 def launch(processes, out, accumulation=1, epochs=2, resume="anew"):
@@ -102,16 +142,31 @@ def test_an_encoder_of_images_of_all_kinds_learns_the_same_when_wrapped(encoder_
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def by_one_and_by_two(code, out):
+    """What one process found, and each of two."""
+    found = []
+    for processes in (1, 2):
+        folder = out / str(processes)
+        folder.mkdir()
+        launcher = [*TORCHRUN, processes, "--no-python"] if processes > 1 else []
+        call([*launcher, sys.executable, "-c", code, folder], folder)
+        found += [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    return found
+
+
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_share_out_the_images_watched_for_collapse_and_find_what_one_finds(tmp_path):
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        launcher = [*TORCHRUN, processes, "--no-python"] if processes > 1 else []
-        call([*launcher, sys.executable, "-c", WATCHED, out], out)
-    (alone,) = (json.loads(path.read_text()) for path in (tmp_path / "1").glob("rank*.json"))
-    first, second = (json.loads((tmp_path / f"2/rank{rank}.json").read_text()) for rank in range(2))
+    alone, first, second = by_one_and_by_two(WATCHED, tmp_path)
     assert first == second
     assert (alone["read"], first["read"]) == (8, 4)
     torch.testing.assert_close(torch.tensor(first["rows"]), torch.tensor(alone["rows"]), rtol=1e-4, atol=1e-5)
     assert first["usage"] == pytest.approx(alone["usage"], rel=1e-5)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_go_back_together_from_a_collapse_as_one_does(tmp_path):
+    alone, first, second = by_one_and_by_two(REWOUND, tmp_path)
+    assert alone["rewinds"] == first["rewinds"] == second["rewinds"] == 1
+    assert first["weights"] == second["weights"]
+    torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
+    assert len(losses(tmp_path / "2")) == 12

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomCropDataset, RandomResizedCrop
-from biovfm_monai.engines import CollapseHandler, PretrainingTrainer, ProgressHandler, StateHandler
+from biovfm_monai.engines import CollapseHandler, PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.errors import CollapseError, InputError, reason_of
 from biovfm_monai.evaluation import KNNAccuracy
@@ -46,6 +46,18 @@ class Regression(SSLMethod):
         mean = image.flatten(1).mean(1, keepdim=True)
         output = {"loss": (self.head(self.encoder(image).mean(1)) - mean).square().mean(), "brightness": mean.mean()}
         return output if self.entropy is None else {**output, "teacher_entropy": torch.tensor(self.entropy)}
+
+
+class Attraction(SSLMethod):
+    """Draws all images to one point, and the faster the higher the learning rate is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3)
+
+    def forward(self, batch):
+        return {"loss": (self.encoder(batch["image"]).mean(1) - torch.linspace(-2, 2, 24)).square().sum(1).mean()}
 
 
 class Tokenizer(SSLMethod):
@@ -168,9 +180,18 @@ def test_a_tokenizer_is_left_out_and_that_is_said_once(caplog):
     assert "effective_rank" not in engine.state.metrics
 
 
-@pytest.mark.parametrize("options", [{"on_collapse": "rewind"}, {"num_images": 1}])
-def test_what_cannot_be_watched_is_refused(options):
-    with pytest.raises(InputError, match="must be"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_collapse": "repeat"}, r"'repeat' must be 'warn', 'stop' or 'rewind'\. Give"),
+        ({"on_collapse": "rewind"}, r"'rewind' must have the StateHandler as states, and interval 1.* Give both"),
+        ({"on_collapse": "rewind", "states": StateHandler("."), "interval": 2}, "interval 1"),
+        ({"lr_factor": 1.0}, r"lr_factor 1\.0 must be between 0 and 1.* Give"),
+        ({"num_images": 1}, "num_images 1 must be 2 or more"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
         watch(**options)
 
 
@@ -184,6 +205,87 @@ def test_the_probe_of_a_labelled_handful_tells_an_encoder_that_sees_from_one_tha
     seeing, blind = (run(Regression(constant), watch(probe=probe), epochs=1) for constant in (False, True))
     assert seeing.state.metrics["probe"] == 1
     assert blind.state.metrics["probe"] < 0.8
+
+
+# Going back
+
+
+def attracted(folder, until=lambda engine: False, resume=False, schedule=True, **options):
+    """Train with a learning rate that is too high; returns the trainer, and the images that each iteration saw."""
+    method, seen = Attraction(), []
+    loader = DataLoader(dataset(), batch_sampler=GlobalBatchSampler(4, 3))
+    optimizer = torch.optim.SGD(method.parameters(), 0.005, momentum=0.9)
+    states = StateHandler(folder, resume=resume)
+    engine = PretrainingTrainer(
+        "cpu", 6, loader, method, optimizer, prepare_batch=VIEWS,
+        train_handlers=[
+            states, ProgressHandler(folder / "log.jsonl", 1),
+            watch(**{"on_collapse": "rewind", "states": states, "least_of_best": 0.54, **options}),
+        ],
+        schedules={"lr": WarmupCosine(0.005, warmup=0.0)} if schedule else None,
+    )  # fmt: skip
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append((e.step, e.samples_seen)))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: until(e) and e.terminate())
+    engine.run()
+    return engine, seen
+
+
+def weights(engine):
+    return [p.tolist() for p in engine.method.parameters()]
+
+
+@pytest.fixture(scope="module")
+def rewound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewound")
+    return (*attracted(folder), lines_of(folder / "log.jsonl"))
+
+
+def test_a_collapse_takes_a_run_back_to_the_state_before_and_on_from_there_with_lower_rates(rewound):
+    engine, seen, lines = rewound
+    assert [step for step, _ in seen] == [*range(1, 10), *range(7, 10), *range(7, 19)]
+    assert all(samples == 4 * step for step, samples in seen)
+    assert [line["step"] for line in lines] == [*range(1, 19)]
+    rate = WarmupCosine(0.005, warmup=0.0)
+    expected = [rate((n + 0.5) / 18) * (1 if n < 6 else 0.25) for n in range(18)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
+    assert (lines[5]["rewinds"], lines[-1]["rewinds"]) == (0, 2)
+    assert "effective_rank" not in lines[6]
+    assert engine.state.epoch == 6
+
+
+def test_each_way_back_is_said_with_its_reason(tmp_path, caplog):
+    attracted(tmp_path)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2
+    assert all("collapse at epoch 3: the effective rank" in message for message in said)
+    assert all(message.endswith("Going back to the newest state, with learning rates times 0.5.") for message in said)
+
+
+@pytest.mark.parametrize("end", [(0, 5), (0, 7), (1, 8), (2, 8), (2, 9), (2, 10)])
+def test_a_run_killed_and_resumed_goes_back_as_one_that_was_not(rewound, tmp_path, end):
+    attracted(tmp_path, lambda e: (e.state.rewinds, e.state.iteration) == end)
+    resumed, _ = attracted(tmp_path, resume=True)
+    assert weights(resumed) == weights(rewound[0])
+    assert lines_of(tmp_path / "log.jsonl")[-1]["learning_rate"] == rewound[2][-1]["learning_rate"]
+
+
+def test_without_a_schedule_the_learning_rate_is_lowered_too(tmp_path):
+    engine, _ = attracted(tmp_path, schedule=False, least_of_best=0.4, lr_factor=0.1)
+    assert engine.state.rewinds == 1
+    assert [line["learning_rate"] for line in lines_of(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize(("epoch", "options"), [(3, {}), (6, {"warmup": 0.99, "least_rank": 0.9})])
+def test_after_as_many_ways_back_as_were_asked_for_the_run_is_stopped(tmp_path, caplog, epoch, options):
+    with pytest.raises(CollapseError, match=rf"collapse at epoch {epoch}: .*The run went back 1 time\(s\) already"):
+        attracted(tmp_path, most_rewinds=1, **options)
+    assert caplog.text.count("Going back") == 1
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == epoch - 1
+
+
+def test_a_collapse_before_the_first_state_stops_the_run(tmp_path):
+    with pytest.raises(CollapseError, match=r"collapse at epoch 1: .*There is no state of an earlier epoch"):
+        attracted(tmp_path, least_rank=0.9)
 
 
 # What is logged, and that nothing is touched

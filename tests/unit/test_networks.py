@@ -111,7 +111,7 @@ def test_every_token_is_masked_equally_often():
 
 @pytest.mark.parametrize(("tokens", "ratio"), [(1, 0.5), (4, 0.0), (4, 1.0)])
 def test_masking_refuses_what_leaves_nothing_to_do(tokens, ratio):
-    with pytest.raises(ValueError, match="mask_ratio"):
+    with pytest.raises(InputError, match=r"there is 1\. Give|mask_ratio .* must be"):
         random_mask(random_keys(1), tokens, ratio)
 
 

@@ -1,6 +1,8 @@
 """Methods, losses and masks against slow implementations of the papers' formulas, and what must hold of each."""
 
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from scipy.integrate import quad
 from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce, sigreg
-from biovfm_monai.methods import IJEPA, BarlowTwins, LeJEPA, MoCoV3, SimMIM
+from biovfm_monai.methods import IJEPA, MAE, BarlowTwins, LeJEPA, MoCoV3, SimMIM, VICReg
 from biovfm_monai.methods.teacher import rising
 from biovfm_monai.networks import ViT, block_mask, sincos_positions
 from biovfm_monai.networks.masking import block_size, context_and_targets, cube_mask
@@ -36,6 +38,10 @@ def lejepa(network=None, **options):
 
 def barlow(network=None, **options):
     return BarlowTwins(network or encoder(), projector_dims=(32, 32, 12), **options)
+
+
+def vicreg(network=None, **options):
+    return VICReg(network or encoder(), projector_dims=(32, 32, 12), **options)
 
 
 def crops(views=2, n=4, size=(32, 32)):
@@ -320,6 +326,45 @@ def test_barlow_twins_has_the_published_projector():
     ]  # fmt: skip
 
 
+# VICReg
+
+
+@pytest.mark.parametrize("weights", [(25.0, 25.0, 1.0), (0.5, 3.0, 7.0)])
+def test_vicreg_equals_the_formula(weights):
+    names = ("invariance_weight", "variance_weight", "covariance_weight")
+    method, views = vicreg(**dict(zip(names, weights, strict=True))), crops(n=6)
+    # Some numbers vary enough, and some do not.
+    method.projector[-1].weight.data.mul_(torch.linspace(0.1, 4, 12)[:, None])
+    found = method({"global_crops": views})
+    first, second = (method.projector(method.encoder(view)[:, 1:].mean(1)).double().detach().numpy() for view in views)
+    invariance = sum(
+        sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) for one, other in zip(first, second, strict=True)
+    ) / (6 * 12)
+    variance = covariance = 0.0
+    for rows in (first, second):
+        apart = rows - rows.mean(0)
+        for i in range(12):
+            deviation = math.sqrt(sum(row[i] ** 2 for row in apart) / 5 + 1e-4)
+            variance += max(0.0, 1 - deviation) / 12
+            for j in range(12):
+                of_pair = sum(row[i] * row[j] for row in apart) / 5
+                covariance += of_pair**2 / 12 if i != j else 0
+    expected = {"invariance": invariance, "variance": variance, "covariance": covariance}
+    for name, term in expected.items():
+        assert found[name].item() == pytest.approx(term, rel=1e-4)
+    total = sum(weight * term for weight, term in zip(weights, expected.values(), strict=True))
+    assert found["loss"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_vicreg_has_the_published_expander_and_weights():
+    with torch.device("meta"):
+        method = VICReg(encoder())
+    assert [tuple(p.shape) for p in method.projector.parameters() if p.ndim == 2] == [
+        (8192, 24), (8192, 8192), (8192, 8192),
+    ]  # fmt: skip
+    assert method.weights == (25, 25, 1)
+
+
 # SimMIM
 
 
@@ -435,7 +480,7 @@ def test_lejepa_looks_along_other_directions_in_each_step_and_goes_on_from_a_sta
 
 # All of them
 
-ALL = [moco, barlow, lejepa, ijepa, lambda network: SimMIM(network, mask_size=16)]
+ALL = [moco, barlow, vicreg, lejepa, ijepa, lambda network: SimMIM(network, mask_size=16)]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -464,8 +509,8 @@ def test_a_state_is_tensors_alone(make):
     ("make", "name", "view"),
     [
         (moco, "global_crops", "MultiCrop"), (lejepa, "global_crops", "MultiCrop"),
-        (barlow, "global_crops", "MultiCrop"), (ijepa, "image", "RandomResizedCrop"),
-        (SimMIM, "image", "RandomResizedCrop"),
+        (barlow, "global_crops", "MultiCrop"), (vicreg, "global_crops", "MultiCrop"),
+        (ijepa, "image", "RandomResizedCrop"), (SimMIM, "image", "RandomResizedCrop"),
     ],
 )  # fmt: skip
 def test_a_batch_without_its_views_is_refused_and_told_where_they_come_from(make, name, view):
@@ -473,7 +518,7 @@ def test_a_batch_without_its_views_is_refused_and_told_where_they_come_from(make
         make(encoder())({})
 
 
-@pytest.mark.parametrize(("make", "views"), [(moco, 1), (moco, 3), (barlow, 1), (barlow, 3), (lejepa, 1)])
+@pytest.mark.parametrize(("make", "views"), [(moco, 1), (moco, 3), (barlow, 1), (vicreg, 3), (lejepa, 1)])
 def test_a_wrong_number_of_views_is_refused(make, views):
     with pytest.raises(InputError, match=rf"compares 2 .*the batch has {views}"):
         make()({"global_crops": crops(views)})
@@ -491,5 +536,31 @@ def test_a_mask_that_cuts_patches_is_refused():
 
 
 def test_a_predictor_whose_heads_do_not_fit_is_refused():
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(InputError, match=r"must divide .* Correct one"):
         IJEPA(encoder(), predictor_embed_dim=20)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "rule"),
+    [
+        (moco, {"momentum": -0.1}, "momentum -0.1 must be 0 or more, and at most 1"),
+        (ijepa, {"momentum": 1.5}, "momentum 1.5 must be 0 or more, and at most 1"),
+        (moco, {"temperature": 0}, "temperature 0 must be above 0"),
+        (moco, {"temperature": "low"}, "temperature 'low' must be above 0"),
+        (lejepa, {"sigreg_weight": float("nan")}, "sigreg_weight nan must be 0 or more"),
+        (ijepa, {"num_targets": 0}, "num_targets 0 must be 1 or more"),
+        (ijepa, {"target_scale": (0.0, 0.2)}, "target_scale (0.0, 0.2) must be above 0, and at most 1"),
+        (ijepa, {"context_scale": (1.0, 0.8)}, "context_scale (1.0, 0.8) must be two numbers, the lower one first"),
+        (ijepa, {"target_aspect": 1.5}, "target_aspect 1.5 must be two numbers, the lower one first"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_with_its_rule(make, options, rule):
+    with pytest.raises(InputError, match=rf"^{re.escape(rule)}.*\. Correct it\.$"):
+        make(**options)
+
+
+@pytest.mark.parametrize("ratio", [-0.5, 0, 1, 1.5])
+@pytest.mark.parametrize("make", [MAE, partial(SimMIM, mask_size=8)])
+def test_a_share_of_patches_that_cannot_be_hidden_is_refused(make, ratio):
+    with pytest.raises(InputError, match=rf"mask_ratio {ratio} must be between 0 and 1\. Correct"):
+        make(encoder(), mask_ratio=ratio)({"image": torch.randn(2, 1, 32, 32)})

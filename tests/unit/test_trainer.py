@@ -223,6 +223,12 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_pixels_that_are_not_finite_end_the_run_at_the_first_step_and_are_thought_of():
+    engine = trainer(mae(), prepare_batch=lambda batch, *_, **__: {"image": batch["image"][:, :, 0, :16, :16] / 0.0})
+    with pytest.raises(NonFiniteLossError, match=r"at iteration 1\. .*look for images that are not finite"):
+        engine.run()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_precision_chosen_for_a_cpu_is_bf16_only_where_it_multiplies_it_itself(monkeypatch, precision):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: precision == "bf16")

@@ -1,5 +1,7 @@
 """What is drawn for views, and that what is drawn is what is done."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,8 @@ def test_changes_come_with_the_stated_probability_and_strength():
     assert (drawn.saturation == 0).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert ((drawn.stain != 1).all(1)).float().mean().item() == pytest.approx(0.7, abs=0.03)
     assert drawn.solarise.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert drawn.inverted.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert abs(np.corrcoef(drawn.inverted, drawn.solarise)[0, 1]) < 0.06
     assert np.abs(np.corrcoef(drawn.stain[(drawn.stain != 1).all(1)].T) - np.eye(3)).max() < 0.06
 
 
@@ -268,6 +272,39 @@ def test_depth_has_a_share_of_its_own():
     torch.testing.assert_close(maps[:, :2, :2].diagonal(dim1=1, dim2=2), torch.full((300, 2), 0.5))
     assert 0.5 - 1e-6 <= maps[:, 2, 2].min() < 0.51
     assert 0.74 < maps[:, 2, 2].max() <= 0.75 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda: RandomResizedCrop((0, 8)), "img_size (0, 8) must be 1 or more"),
+        (lambda: RandomResizedCrop((8, 8), scale=(0, 1)), "scale (0, 1) must be above 0, and at most 1"),
+        (lambda: RandomResizedCrop((8, 8), scale=(1.0, 0.3)), "scale (1.0, 0.3) must be two numbers, the lower one"),
+        (lambda: RandomResizedCrop((8, 8), scale=(0.3, 2.0)), "scale (0.3, 2.0) must be above 0, and at most 1"),
+        (lambda: RandomResizedCrop((8, 8), ratio=(-1, 1)), "ratio (-1, 1) must be above 0"),
+        (lambda: RandomResizedCrop((8, 8, 8), depth_scale=(0.5, 1.5)), "depth_scale (0.5, 1.5) must be above 0"),
+        (lambda: MultiCrop([RandomResizedCrop((8, 8))], RandomResizedCrop((4, 4)), -1), "num_local -1 must be 0 or"),
+        (lambda: Policy(flip=1.5), "flip 1.5 must be 0 or more, and at most 1"),
+        (lambda: Policy(rotation=-5), "rotation -5 must be 0 or more"),
+        (lambda: Policy(blur=(2.0, 1.0)), "blur 2.0 must be 0 or more, and at most 1"),
+        (lambda: Policy(noise=(0.5, -1.0)), "noise (0.5, -1.0) must be 0 or more"),
+        (lambda: Policy(gamma=0.5), "gamma 0.5 must be a probability and a size"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_with_their_rule(make, rule):
+    with pytest.raises(InputError, match=f"^{re.escape(rule)}"):
+        make()
+
+
+def test_a_policy_may_come_as_the_lists_of_a_configuration():
+    assert Policy(blur=[0.5, 1.0]) == Policy(blur=(0.5, 1.0))
+
+
+def test_views_larger_than_the_images_are_interpolated():
+    ramp = torch.linspace(0, 1, 40).expand(1, 1, 1, 40, 40)
+    view = RandomResizedCrop((96, 96), mean=0.0, std=1.0).still_view(ramp)
+    expected = torch.nn.functional.interpolate(ramp[:, :, 0], (96, 96), mode="bilinear")
+    torch.testing.assert_close(view, expected)
 
 
 @pytest.mark.parametrize("views", [[], [RandomResizedCrop((8, 8)), RandomResizedCrop((8, 16))]])

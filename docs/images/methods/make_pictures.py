@@ -161,15 +161,16 @@ save(
 large, _ = views("moco_v3", [EYE, TISSUE, 4], 1)
 save("moco_v3", *([panel(f"image {b + 1}, view {n + 1}", view[b]) for b in range(3)] for n, view in enumerate(large)))
 
-large, _ = views("barlow_twins", [TISSUE], 9)
 wanted = torch.eye(12).repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
-save(
-    "barlow_twins",
-    [
-        *(panel(f"view {n + 1}", view[0]) for n, view in enumerate(large)),
-        panel("wanted correlations", lined(wanted, (16, 16))),
-    ],
-)
+for name, image, title in (("barlow_twins", TISSUE, "wanted correlations"), ("vicreg", EYE, "wanted in each view")):
+    large, _ = views(name, [image], 9)
+    save(
+        name,
+        [
+            *(panel(f"view {n + 1}", view[0]) for n, view in enumerate(large)),
+            panel(title, lined(wanted, (16, 16))),
+        ],
+    )
 
 volume = prepared(BRAIN)[:, 50:130, 40:200, 20:180]
 layers = [0, 2, 4]
