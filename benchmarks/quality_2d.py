@@ -308,8 +308,8 @@ def main() -> None:
     runs = [
         {"method": method, "name": name, "store": stores[name], "rate": rates.get(method, 0.0), "seed": seed}
         | {"seconds": arguments.seconds}
-        for seed in range(arguments.seeds)
         for name in arguments.tasks
+        for seed in range(arguments.seeds)
         for method in [*arguments.methods, *CONTROLS[1:]]
         if not (method == "raw pixels" and seed)
     ]

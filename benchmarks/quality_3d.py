@@ -36,7 +36,7 @@ BUNDLE = "mri_mae_pretraining"
 METHODS = {"mae": None, "lejepa": "lejepa", "dinov2": "dinov2", "moco_v3": "moco_v3"}
 VIEW, PATCH, WHOLE = (24, 24, 24), 4, (48, 64, 48)
 ENCODER = {"embed_dim": 96, "depth": 4, "num_heads": 3}
-CLASSES, STEPS, BATCH, RATE = 3, 200, 8, 0.01
+CLASSES, STEPS, BATCH, RATE = 3, 600, 8, 0.05
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
