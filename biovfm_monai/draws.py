@@ -5,12 +5,31 @@ The generator is splitmix64 (https://doi.org/10.1145/2660193.2660195), in whole 
 
 from __future__ import annotations
 
+from enum import IntEnum, unique
+
 import torch
 from torch import Tensor
 
-__all__ = ["forked", "random_keys", "uniform"]
+__all__ = ["Use", "forked", "random_keys", "uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+@unique
+class Use(IntEnum):
+    """What a sample's random numbers are for; each use has numbers of its own."""
+
+    PLACE = 0
+    MASK = 1
+    CHANGE = 2
+    STRENGTH = 3
+    FLIP = 4
+    ORDER = 5
+    SIZE = 6
+    BLOCK = 7
+    TARGET = 8
+    CONTEXT = 9
+    SLICE = 10
 
 
 def random_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -23,18 +42,18 @@ def forked(keys: Tensor, number: int) -> Tensor:
     return _shifted(_mixed(_mixed(keys) + number), 1)
 
 
-def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
+def uniform(keys: Tensor, count: int, use: Use = Use.PLACE) -> Tensor:
     """Uniform random numbers in [0, 1), float32.
 
     Args:
         keys: int64, one per sample.
         count: numbers per sample.
-        stream: of which use they are; each has numbers of its own.
+        use: what they are for.
 
     Returns:
         B x count.
     """
-    base = _mixed(keys + _signed((stream + 1) * _GOLDEN))
+    base = _mixed(keys + _signed((use + 1) * _GOLDEN))
     steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
     return _shifted(_mixed(base[:, None] + steps), 40).float() * 2.0**-24
 

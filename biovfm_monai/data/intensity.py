@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai.data.policies import Policy
-from biovfm_monai.draws import uniform
+from biovfm_monai.draws import Use, uniform
 
 __all__ = ["Changes", "apply_changes", "chances", "draw_changes"]
 
@@ -78,7 +78,7 @@ def draw_changes(policies: Mapping[str, Tensor], keys: Tensor) -> Changes:
         policies: name of a change in `Policy` -> B x 2, its probability and strength for each image.
         keys: B, as `uniform` takes them; on the CPU, where the drawing is for any device.
     """
-    numbers = (uniform(keys, len(_DRAWN), stream).unbind(1) for stream in (2, 3))
+    numbers = (uniform(keys, len(_DRAWN), use).unbind(1) for use in (Use.CHANGE, Use.STRENGTH))
     happens, size = (dict(zip(_DRAWN, of, strict=True)) for of in numbers)
 
     def drawn(name: str, strength: Callable[[Tensor, Tensor], Tensor], still: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from biovfm_monai.data.intensity import Changes, apply_changes, chances, draw_changes
 from biovfm_monai.data.policies import Policy
 from biovfm_monai.data.preprocessing import crop_of_degree
-from biovfm_monai.draws import forked, random_keys, uniform
+from biovfm_monai.draws import Use, forked, random_keys, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 
 __all__ = ["Drawn", "MultiCrop", "RandomResizedCrop"]
@@ -110,7 +110,7 @@ class RandomResizedCrop:
             )
         centre = _between(-1.0, 1.0, torch.stack(places, dim=1)) * (1 - extent / source)
         flips = torch.tensor([(of.flip, of.vertical_flip, of.depth_flip) for of in kinds])[kind]
-        extent = extent * torch.where(uniform(keys, 3, stream=4) < flips, -1.0, 1.0)[:, :dims]
+        extent = extent * torch.where(uniform(keys, 3, Use.FLIP) < flips, -1.0, 1.0)[:, :dims]
         angle = torch.tensor([math.radians(of.rotation) for of in kinds])[kind] * (2 * turning - 1)
         turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
         matrix = torch.diag_embed(extent)

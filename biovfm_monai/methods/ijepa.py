@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biovfm_monai.draws import uniform
+from biovfm_monai.draws import Use, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
@@ -115,7 +115,7 @@ class IJEPA(SSLMethod):
             low + (high - low) * drawn
             for (low, high), drawn in zip(
                 (self.context_scale, self.target_scale, self.target_aspect),
-                uniform(torch.tensor([self.steps]), 3, stream=6)[0].tolist(),
+                uniform(torch.tensor([self.steps]), 3, Use.SIZE)[0].tolist(),
                 strict=True,
             )
         )

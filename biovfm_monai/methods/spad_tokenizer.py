@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
-from biovfm_monai.draws import uniform
+from biovfm_monai.draws import Use, uniform
 from biovfm_monai.errors import require_within
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
@@ -114,7 +114,7 @@ class SPADTokenizer(SSLMethod):
     def _perceptual(self, network: nn.Module, image: Tensor, decoded: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Distance of slices by their features: of a volume, at most 24 at random."""
         keys = keys_of_batch(batch, image.shape[0], image.device)
-        index = uniform(keys, image.shape[2], stream=2).argsort(dim=1)[:, :_SLICES]
+        index = uniform(keys, image.shape[2], Use.SLICE).argsort(dim=1)[:, :_SLICES]
         with torch.no_grad():
             target = network(_slices(image, index))
         return perceptual_loss(network(_slices(decoded, index)), target)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from biovfm_monai.draws import uniform
+from biovfm_monai.draws import Use, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks.positions import grid_coordinates
 
@@ -39,7 +39,7 @@ def random_mask(keys: Tensor, num_tokens: int, mask_ratio: float) -> tuple[Tenso
         raise InputError(f"mask_ratio {mask_ratio} must be between 0 and 1. Correct it.")
     # 1 - 0.55 is a little less than 0.45, and 500 tokens would lose one of their 225.
     visible = min(max(int(num_tokens * (1 - mask_ratio) + 1e-6), 1), num_tokens - 1)
-    order = uniform(keys, num_tokens, stream=1).argsort(dim=1)
+    order = uniform(keys, num_tokens, Use.MASK).argsort(dim=1)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 
@@ -100,7 +100,7 @@ def block_mask(
     if isinstance(count, int) and not 0 <= count <= length:
         raise ValueError(f"count must be 0 to {length}, the tokens of a grid of {grid_size}, got {count}")
     depth, height, width = grid_size
-    drawn = uniform(keys, 5 * num_blocks, stream=2).double().view(-1, num_blocks, 5, 1)
+    drawn = uniform(keys, 5 * num_blocks, Use.BLOCK).double().view(-1, num_blocks, 5, 1)
     z, y, x, size, shape = drawn.unbind(2)
     places, stretch = grid_coordinates(grid_size, keys.device), max_aspect ** (shape - 0.5)
     # From whole slices, so that of a single one no box is far.
@@ -158,18 +158,16 @@ def context_and_targets(
             f"a grid of {grid_size} tokens is too small for {num_targets} target blocks of {target_size}: they leave "
             "no context. Give larger images, smaller patches, or a smaller target_scale."
         )
-    targets = _placed(keys, grid_size, target_size, num_targets, stream=3)
-    context = _placed(keys, grid_size, context_size, 1, stream=4)
+    targets = _placed(keys, grid_size, target_size, num_targets, Use.TARGET)
+    context = _placed(keys, grid_size, context_size, 1, Use.CONTEXT)
     outside = ~_marked(context.flatten(1), length) | _marked(targets.flatten(1), length)
-    order = (uniform(keys, length, stream=5) + outside).argsort(dim=1, stable=True)
+    order = (uniform(keys, length, Use.ORDER) + outside).argsort(dim=1, stable=True)
     return order[:, :visible].sort(dim=1).values, targets
 
 
-def _placed(
-    keys: Tensor, grid_size: tuple[int, int, int], size: tuple[int, int, int], count: int, stream: int
-) -> Tensor:
+def _placed(keys: Tensor, grid_size: tuple[int, int, int], size: tuple[int, int, int], count: int, use: Use) -> Tensor:
     """Tokens of `count` blocks per image, each anywhere inside the grid: B x count x tokens of a block, ascending."""
-    drawn = uniform(keys, 3 * count, stream).view(-1, count, 3, 1).unbind(2)
+    drawn = uniform(keys, 3 * count, use).view(-1, count, 3, 1).unbind(2)
     places = grid_coordinates(size, keys.device).long().unbind(1)
     z, y, x = (
         (number * (total - side + 1)).long() + place

@@ -1,12 +1,16 @@
 """Positions, patches, masks and the ViT."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from biovfm_monai.draws import random_keys, uniform
+import biovfm_monai
+from biovfm_monai.draws import Use, random_keys, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import (
     Embedder,
@@ -249,13 +253,19 @@ def test_uniform_numbers_are_those_of_splitmix_in_whole_numbers_of_any_size():
         [(splitmix((splitmix((key + 3 * golden) % 2**64) + n * golden) % 2**64) >> 40) / 2**24 for n in range(1, 6)]
         for key in keys
     ]
-    assert uniform(torch.tensor(keys), 5, stream=2).tolist() == expected
+    assert uniform(torch.tensor(keys), 5, Use.CHANGE).tolist() == expected
 
 
-def test_uniform_numbers_of_neighbouring_keys_and_streams_have_nothing_in_common():
+def test_uniform_numbers_of_neighbouring_keys_and_uses_have_nothing_in_common():
     keys = torch.arange(4000)
-    drawn = torch.cat([uniform(keys, 3), uniform(keys, 3, stream=1)], dim=1)
+    drawn = torch.cat([uniform(keys, 3), uniform(keys, 3, Use.MASK)], dim=1)
     assert 0 <= drawn.min() <= drawn.max() < 1
     torch.testing.assert_close(drawn.mean(0), torch.full((6,), 0.5), rtol=0, atol=0.02)
     both = torch.cat([drawn[1:], drawn[:-1]], dim=1)
     assert (torch.corrcoef(both.T) - torch.eye(12)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("use", [use for use in Use if use != Use.PLACE])
+def test_no_two_places_of_the_code_take_the_same_random_numbers(use):
+    sources = [path.read_text() for path in Path(biovfm_monai.__file__).parent.rglob("*.py")]
+    assert sum(len(re.findall(rf"\bUse\.{use.name}\b", source)) for source in sources) == 1
