@@ -19,7 +19,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 - 2**64, 0x94D
 class Use(IntEnum):
     """What a sample's random numbers are for; each use has numbers of its own."""
 
-    PLACE = 0
+    VIEW = 0
     MASK = 1
     CHANGE = 2
     STRENGTH = 3
@@ -30,6 +30,8 @@ class Use(IntEnum):
     TARGET = 8
     CONTEXT = 9
     SLICE = 10
+    SHARE = 11
+    DIRECTION = 12
 
 
 def random_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -42,7 +44,7 @@ def forked(keys: Tensor, number: int) -> Tensor:
     return _shifted(_mixed(_mixed(keys) + number), 1)
 
 
-def uniform(keys: Tensor, count: int, use: Use = Use.PLACE) -> Tensor:
+def uniform(keys: Tensor, count: int, use: Use) -> Tensor:
     """Uniform random numbers in [0, 1), float32.
 
     Args:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import numbers
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -33,23 +34,28 @@ class CollapseError(ArithmeticError):
     """An encoder tells images apart no more; the message says by what that shows, and what to try."""
 
 
-def require_within(least: float, most: float = math.inf, above: bool = False, **given: Any) -> None:
-    """Refuse what is no number of a range; of a sequence, each of its numbers is to be one.
+def require_within(
+    least: float, most: float = math.inf, above: bool = False, whole: bool = False, **given: Any
+) -> None:
+    """Refuse what is no number of a range; of several numbers, each is to be one.
 
     Args:
         least, most: ends of the range, which are in it.
         above: whether `least` is not.
+        whole: whether it has to be a whole number.
         **given: name of an argument -> its value.
 
     Raises:
         InputError: naming the argument, its value and the rule.
     """
+    kind = numbers.Integral if whole else numbers.Real
     for name, value in given.items():
-        numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        for number in numbers:
-            if not (isinstance(number, float | int) and least <= number <= most and not (above and number == least)):
-                start = f"above {least}" if above else f"{least} or more"
-                rule = start if most == math.inf else f"{start}, and at most {most}"
+        for number in _listed(value):
+            fits = isinstance(number, kind)
+            if not (fits and least <= number <= most and not (above and number == least)):
+                rule = "" if fits else f"a {'whole ' if whole else ''}number, "
+                rule += f"above {least}" if above else f"{least} or more"
+                rule += "" if most == math.inf else f", and at most {most}"
                 raise InputError(f"{name} {value!r} must be {rule}. Correct it.")
 
 
@@ -57,8 +63,13 @@ def require_pair(least: float, most: float = math.inf, above: bool = False, **gi
     """Refuse what is no range inside a range: two numbers as `require_within` takes them, the lower one first."""
     for name, value in given.items():
         require_within(least, most, above, **{name: value})
-        if not isinstance(value, Sequence) or len(value) != 2 or value[0] > value[1]:
+        pair = _listed(value)
+        if len(pair) != 2 or pair[0] > pair[1]:
             raise InputError(f"{name} {value!r} must be two numbers, the lower one first. Correct it.")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def _message(error: BaseException | None) -> str | None:

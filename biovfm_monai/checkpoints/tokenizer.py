@@ -33,7 +33,7 @@ def load_tokenizer(path: str | Path) -> SoftTokenizer:
         raise InputError(
             f"{path}: no such tokenizer file. Train one first: python -m monai.bundle run --config_file "
             "FOLDER/spad_tokenizer_pretraining/configs/train.json --bundle_root FOLDER/spad_tokenizer_pretraining; or "
-            "give another --tokenizer_path."
+            "give the path of another (--tokenizer_path; with masked_tokens.json --method::tokenizer::path)."
         )
     tokenizer = load_network(path, SoftTokenizer)
     tokenizer.origin = str(path)

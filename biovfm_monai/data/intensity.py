@@ -143,11 +143,11 @@ def _like(values: Tensor, image: Tensor) -> Tensor:
 def _grey(image: Tensor) -> Tensor:
     """Mean luminance of each image."""
     means = image.flatten(2).mean(2)
-    return means @ _GREY.to(means) if image.shape[1] == 3 else means.mean(1)
+    return means @ _GREY.to(means.device, means.dtype, non_blocking=True) if image.shape[1] == 3 else means.mean(1)
 
 
 def _scaled(image: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
-    offset = _grey(image) * (brightness * (1 - contrast)).to(image.device)
+    offset = _grey(image) * (brightness * (1 - contrast)).to(image.device, non_blocking=True)
     return torch.addcmul(_like(offset, image), image, _like(brightness * contrast, image)).clamp_(0, 1)
 
 
@@ -155,14 +155,15 @@ def _mixed(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tens
     angle, factor = 2 * math.pi * hue, brightness * contrast
     turned = factor * saturation
     matrix = (torch.stack([factor, turned * angle.cos(), turned * angle.sin()], 1) @ _MIXES.flatten(1)).view(-1, 3, 3)
-    offset = (_grey(image) * (brightness * (1 - contrast)).to(image.device))[:, None, None]
+    offset = (_grey(image) * (brightness * (1 - contrast)).to(image.device, non_blocking=True))[:, None, None]
     matrix = matrix.to(image.device, image.dtype, non_blocking=True)
     return torch.baddbmm(offset, matrix, image.flatten(2)).clamp_(0, 1).view_as(image)
 
 
 def _stained(image: Tensor, factors: Tensor) -> Tensor:
     stains = F.normalize(_STAINS, dim=1)
-    matrix = (stains.T @ torch.diag_embed(factors) @ torch.linalg.inv(stains.T)).to(image.device, image.dtype)
+    matrix = stains.T @ torch.diag_embed(factors) @ torch.linalg.inv(stains.T)
+    matrix = matrix.to(image.device, image.dtype, non_blocking=True)
     density = -image.clamp(min=_DARKEST).log()
     return (matrix @ density.flatten(2)).neg_().exp_().clamp_(0, 1).view_as(image)
 

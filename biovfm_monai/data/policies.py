@@ -37,7 +37,7 @@ class Policy:
         solarise: probability that what is brighter than half is inverted.
 
     Raises:
-        InputError: when a probability is not from 0 to 1, or a size is negative.
+        InputError: when a probability is not from 0 to 1, or a size is less than that of no change.
     """
 
     flip: float = 0.5
@@ -65,7 +65,7 @@ class Policy:
                     raise InputError(f"{field.name} {value!r} must be a probability and a size. Give both.")
                 # Configuration files have lists.
                 object.__setattr__(self, field.name, tuple(value))
-                require_within(0, **given)
+                require_within(field.default[1], **{f"the size of {field.name}": value[1]})
                 given[field.name] = value[0]
             require_within(0, math.inf if field.name == "rotation" else 1, **given)
 

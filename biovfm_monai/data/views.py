@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from biovfm_monai.data.intensity import Changes, apply_changes, chances, draw_changes
 from biovfm_monai.data.policies import Policy
 from biovfm_monai.data.preprocessing import crop_of_degree
+from biovfm_monai.data.resampling import sampled
 from biovfm_monai.draws import Use, forked, random_keys, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 
@@ -69,13 +69,16 @@ class RandomResizedCrop:
         mean: float = 0.5,
         std: float = 0.5,
     ) -> None:
-        require_within(1, img_size=img_size)
+        require_within(1, whole=True, img_size=img_size)
+        if isinstance(img_size, int) or len(img_size) not in (2, 3):
+            raise InputError(f"img_size {img_size!r} must be two or three numbers. Give one such as [64,64].")
         require_pair(0, 1, above=True, scale=scale)
         require_pair(0, above=True, ratio=ratio)
         if depth_scale is not None:
             require_pair(0, 1, above=True, depth_scale=depth_scale)
-        self.img_size = tuple(img_size)
-        self.scale, self.ratio, self.depth_scale, self.policy = scale, ratio, depth_scale, policy
+        self.img_size, self.policy = tuple(int(n) for n in img_size), policy
+        self.scale, self.ratio = _pair(scale), _pair(ratio)
+        self.depth_scale = None if depth_scale is None else _pair(depth_scale)
         self.mean, self.std = mean, std
 
     def draw(
@@ -97,7 +100,7 @@ class RandomResizedCrop:
         dims = len(self.img_size)
         keys = random_keys(image.shape[0]) if keys is None else keys.cpu()
         kinds, kind = self._policies(len(keys), modality)
-        size, thickness, stretching, turning, *places = uniform(keys, 4 + dims).unbind(1)
+        size, thickness, stretching, turning, *places = uniform(keys, 4 + dims, Use.VIEW).unbind(1)
         source, largest = self._source(image), self._largest(image, anisotropy)
         share = _between(*self.scale, size)[:, None]
         extent = share ** (1 / dims) * largest
@@ -183,7 +186,7 @@ class RandomResizedCrop:
         several, step = len(views), max(len(image), 1)
         if image.device.type == "cpu":
             step = max(_AT_ONCE // (several * math.prod(views.shape[2:])), 1)
-        zero = torch.tensor(-self.mean / self.std, device=views.device)
+        zero = torch.full((), -self.mean / self.std, device=views.device)
         axes = [(2 * torch.arange(n, device=views.device) + 1) / n - 1 for n in views.shape[3:]]
         for first in range(0, len(image), step):
             images = slice(first, first + step)
@@ -192,7 +195,8 @@ class RandomResizedCrop:
             # On the CPU one image and its grid stay in the cache.
             each = 1 if image.device.type == "cpu" else max(len(some), 1)
             pairs = zip(some.split(each), part.maps.split(each * several), strict=True)
-            made = torch.cat([_sampled(one, maps, axes) for one, maps in pairs])
+            parts = [sampled(one, maps, axes) for one, maps in pairs]
+            made = parts[0] if len(parts) == 1 else torch.cat(parts)
             if part.changes is not None:
                 made = apply_changes(made, part.changes)
             made = made.view(-1, several, *views.shape[2:]).transpose(0, 1)
@@ -234,7 +238,7 @@ class MultiCrop:
         if len({view.img_size for view in global_views}) != 1:
             sizes = [list(view.img_size) for view in global_views]
             raise InputError(f"global_views of sizes {sizes} must be one or more, of one size. Correct them.")
-        require_within(0, num_local=num_local)
+        require_within(0, whole=True, num_local=num_local)
         self.global_views, self.local_view, self.num_local = list(global_views), local_view, num_local
 
     @property
@@ -270,40 +274,6 @@ class MultiCrop:
         return made
 
 
-def _sampled(image: Tensor, maps: Tensor, axes: list[Tensor]) -> Tensor:
-    """What V B maps show of B x C x D x H x W, at places along (depth,) height, width: V B x C x D x H x W."""
-    image = _as_float(image).flatten(2, 5 - len(axes))
-    grid = _grid(maps.to(image.device, non_blocking=True), axes)
-    # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
-    if (maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()).amax() > 1:
-        grid = grid.lerp_(grid.clamp(-1, 1), 2)
-    # Several views of an image are sampled as one that is as many times as long.
-    tall = grid.unflatten(0, (len(image), -1)).flatten(1, 2)
-    view = F.grid_sample(image, tall, mode="bilinear", padding_mode="border", align_corners=False)
-    view = view.unflatten(2, (-1, len(axes[0]))).movedim(2, 1).flatten(0, 1)
-    return view.unsqueeze(2) if len(axes) == 2 else view
-
-
-def _grid(maps: Tensor, axes: list[Tensor]) -> Tensor:
-    """As `F.affine_grid` of B x dims x (dims + 1), at places along (depth,) height, width, many times as fast."""
-    size = [len(places) for places in axes]
-    if len(size) == 2:
-        # As complex numbers, x and y are added in one go.
-        x, y, centre = torch.view_as_complex(maps.transpose(1, 2).contiguous()).unbind(1)
-        rows = torch.addcmul(centre[:, None], y[:, None], axes[0])
-        return torch.view_as_real(rows[:, :, None] + (x[:, None] * axes[1])[:, None])
-    grid = maps.new_empty(len(maps), *size, len(size))
-    for row in range(len(size)):
-        # Coordinates come as x, y(, z), axes as (depth,) height, width.
-        parts = []
-        for number, places in enumerate(axes):
-            shape = [-1 if axis == number else 1 for axis in range(len(size))]
-            parts.append(maps[:, row, len(size) - 1 - number].view(-1, *[1] * len(size)) * places.view(1, *shape))
-        parts[0] = parts[0] + maps[:, row, -1].view(-1, *[1] * len(size))
-        torch.add(sum(parts[1:-1], parts[0]), parts[-1], out=grid[..., row])
-    return grid
-
-
 def _part(drawn: Drawn, rows: slice) -> Drawn:
     changes = drawn.changes
     return Drawn(drawn.maps[rows], None if changes is None else Changes(*(values[rows] for values in changes)))
@@ -313,8 +283,10 @@ def _degree(batch: Mapping[str, Any]) -> int:
     return int(torch.as_tensor(batch.get("anisotropy", 0)).max())
 
 
-def _as_float(image: Tensor) -> Tensor:
-    return image.float().div_(255) if image.dtype == torch.uint8 else image.float()
+def _pair(numbers: Sequence[float]) -> tuple[float, float]:
+    """Of numpy's numbers torch would make float64."""
+    low, high = numbers
+    return float(low), float(high)
 
 
 def _between(low: float, high: float, drawn: Tensor) -> Tensor:

@@ -56,20 +56,20 @@ class CollapseHandler:
     Their effective rank goes to `engine.state.metrics`, and so to TensorBoard and the log, as "effective_rank"; what
     `probe` finds as "probe". A method's "teacher_entropy" is looked at, too. A tokenizer has no embedding to look at.
 
-    A run that goes back does so to the newest state, which is of the epoch before or an earlier one, none of which had
-    a sign. All learning rates are lower from there on: with the same ones it would come to the same end. A resumed run
-    goes on with them, and goes back as one that was not disturbed does. "rewinds", how often it went back, is logged.
+    A run that goes back does so to the newest state, that of the epoch before, if that was found good. All learning
+    rates are lower from there on: with the same ones it would come to the same end. A resumed run goes on with them,
+    and goes back as one that was not disturbed does. "rewinds", how often it went back, is logged.
 
     Args:
         dataset: source of the images, its first crops.
         views: brings a crop to the encoder's size, without randomness.
         interval: epochs between looks; the last epoch always gets one.
         num_images: how many crops, over all processes, of which each keeps its part in memory.
-        on_collapse: "warn", once for each sign; "stop" the run, before the state of its epoch is written; or "rewind",
-            go back to the newest state.
+        on_collapse: "warn", once for each sign, though numbers that are not finite end the run; "stop" the run, before
+            the state of its epoch is written; or "rewind", go back to the newest state.
         least_rank: smallest effective rank, as a share of the way from 1 to the largest possible one.
         least_of_best: smallest effective rank, as a share of the best one after the warm-up.
-        warmup: share of the run before which no rank or entropy counts.
+        warmup: share of the run before which no finite rank, and no entropy, counts.
         probe: encoder, in evaluation mode, to a score, such as an accuracy on labelled images; run by the main process.
         states: the trainer's handler of states, for going back.
         lr_factor: of all learning rates, each time the run goes back.
@@ -97,10 +97,10 @@ class CollapseHandler:
     ) -> None:
         if on_collapse not in ("warn", "stop", "rewind"):
             raise InputError(f"on_collapse {on_collapse!r} must be 'warn', 'stop' or 'rewind'. Give one of them.")
-        if on_collapse == "rewind" and (states is None or interval != 1):
+        if on_collapse == "rewind" and (states is None or (interval, states.interval) != (1, 1)):
             raise InputError(
-                "on_collapse 'rewind' must have the StateHandler as states, and interval 1, or epochs without a look "
-                "would leave states. Give both, or on_collapse 'stop'."
+                "on_collapse 'rewind' must have the StateHandler as states, and interval 1 of both, so that each state "
+                "is of an epoch that was looked at. Give them, or on_collapse 'stop'."
             )
         if not 0 < lr_factor < 1:
             raise InputError(f"lr_factor {lr_factor} must be between 0 and 1, to learn more slowly. Give such as 0.5.")
@@ -139,25 +139,26 @@ class CollapseHandler:
         engine.state.metrics["effective_rank"] = rank
         if self.on_collapse == "rewind":
             engine.state.metrics["rewinds"] = engine.state.rewinds
-        if engine.step < self.warmup * engine.total_steps:
+        if engine.step < self.warmup * engine.total_steps and math.isfinite(rank):
             return
+        judged = engine.state.best_rank > 0
         engine.state.best_rank = best = max(engine.state.best_rank, rank)
         entropy = engine.state.output[0].get("teacher_entropy")
         entropy = None if entropy is None else distributed.mean(entropy).item()
         for kind, sign in self._signs(rank, min(embedding.shape), best, entropy):
             message = f"collapse at epoch {epoch}: {sign}"
-            if self.on_collapse == "stop":
-                raise CollapseError(message)
             if self.on_collapse == "rewind":
-                self._go_back(engine, message)
+                self._go_back(engine, message, judged)
                 return
+            if self.on_collapse == "stop" or kind == "finite":
+                raise CollapseError(message)
             self._say(kind, message, logging.WARNING)
 
-    def _go_back(self, engine: PretrainingTrainer, message: str) -> None:
+    def _go_back(self, engine: PretrainingTrainer, message: str, judged: bool) -> None:
         if engine.state.rewinds >= self.most_rewinds:
             raise CollapseError(f"{message} The run went back {engine.state.rewinds} time(s) already.")
-        if self.states is None or not self.states.rewind(engine):
-            raise CollapseError(f"{message} There is no state of an earlier epoch to go back to.")
+        if not judged or self.states is None or not self.states.rewind(engine):
+            raise CollapseError(f"{message} There is no state to go back to of an epoch that was found good.")
         self._rewinds = engine.state.rewinds + 1
         # Lines that the log gets from there on would show what was found here.
         for name in ("effective_rank", "probe"):
@@ -195,6 +196,8 @@ class CollapseHandler:
 
     def _signs(self, rank: float, largest: int, best: float, entropy: float | None) -> Iterator[tuple[str, str]]:
         """Kind of each sign of collapse, and what it is and what to try."""
+        if not math.isfinite(rank):
+            yield "finite", "embeddings are not finite. Lower --learning_rate, set --clip_norm 1.0."
         if rank < 1 + self.least_rank * (largest - 1):
             yield "rank", f"the effective rank of embeddings is {rank:.2f} of at most {largest}. {_SPREAD}"
         if rank < self.least_of_best * best:

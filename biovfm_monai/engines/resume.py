@@ -53,12 +53,14 @@ class StateHandler:
     def rewind(self, engine: PretrainingTrainer) -> bool:
         """Let a run go back to its newest state once this iteration is complete.
 
-        Call it on all processes, and before the end of the epoch, whose state would be the newest one else.
+        Call it on all processes, and before the end of the epoch, whose state would be the newest one else. The main
+        process says for all whether there is one: others may see a shared disk late.
 
         Returns:
             Whether there is a state; without one, nothing happens.
         """
-        self._rewinding = bool(self._paths())
+        found = float(distributed.is_main() and bool(self._paths()))
+        self._rewinding = bool(distributed.most(torch.tensor(found, device=engine.state.device)))
         if self._rewinding:
             engine.begin_again()
         return self._rewinding
@@ -129,7 +131,7 @@ class StateHandler:
             engine.loss_scaler.load_state_dict(state["loss_scaler"])
             engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
             samples_seen = state["samples_seen"]
-            for name in engine.state_dict_user_keys:
+            for name in {*engine.state_dict_user_keys} & state.get("kept", {}).keys():
                 setattr(engine.state, name, state["kept"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())

@@ -17,7 +17,7 @@ from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 from biovfm_monai.networks import Embedder
 
-__all__ = ["RawPixels", "embed", "embed_files", "transform_of"]
+__all__ = ["RawPixels", "embed", "embed_files", "preprocessing_of", "transform_of"]
 
 
 def transform_of(encoder_path: str | Path, img_size: Sequence[int] | None = None) -> Compose:
@@ -30,14 +30,7 @@ def transform_of(encoder_path: str | Path, img_size: Sequence[int] | None = None
     Raises:
         InputError: when the file does not say how its images were prepared, or no size is known.
     """
-    info = encoder_info(encoder_path)
-    preprocessing, network = info["preprocessing"], info["network"]
-    missing = {"mean", "std"} - set(preprocessing)
-    if missing:
-        raise InputError(
-            f"{encoder_path}: its header does not say {' and '.join(sorted(missing))}. "
-            "Convert it again with --mean and --std, or save it with preprocessing=."
-        )
+    network, preprocessing = encoder_info(encoder_path)["network"], preprocessing_of(encoder_path)
     img_size = img_size or network.get("img_size")
     if img_size is None:
         raise InputError(f"{encoder_path}: holds a tokenizer, which takes any size. Give --img_size.")
@@ -45,6 +38,22 @@ def transform_of(encoder_path: str | Path, img_size: Sequence[int] | None = None
         network["in_channels"], img_size, preprocessing["mean"], preprocessing["std"],
         preprocessing.get("spacing"), presets=preprocessing.get("presets"),
     )  # fmt: skip
+
+
+def preprocessing_of(path: str | Path) -> dict[str, Any]:
+    """How images became the input of the encoder or tokenizer in a file: "mean", "std", and more where it is known.
+
+    Raises:
+        InputError: when the file does not say it.
+    """
+    preprocessing: dict[str, Any] = encoder_info(path)["preprocessing"]
+    missing = {"mean", "std"} - set(preprocessing)
+    if missing:
+        raise InputError(
+            f"{path}: its header does not say {' and '.join(sorted(missing))}. "
+            "Convert it again with --mean and --std, or save it with preprocessing=."
+        )
+    return preprocessing
 
 
 class RawPixels(torch.nn.Module):

@@ -13,8 +13,10 @@ import torch
 from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
-from biovfm_monai.checkpoints import encoder_info, load_tokenizer
+from biovfm_monai.checkpoints import load_tokenizer
 from biovfm_monai.data import RandomCropDataset, training_transform
+from biovfm_monai.errors import require_within
+from biovfm_monai.evaluation.embed import preprocessing_of
 from biovfm_monai.files import write_atomically
 from biovfm_monai.losses.quantiser import code_entropy
 
@@ -35,6 +37,9 @@ class TokenizerProbe:
         num_crops: how many.
         device: where the tokenizer runs.
         output_path: JSON file for the scores; None for no file.
+
+    Raises:
+        InputError: when the file cannot be used, or there is no crop.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class TokenizerProbe:
         seed: int = 0,
         output_path: str | Path | None = None,
     ) -> None:
+        require_within(1, whole=True, num_crops=num_crops)
         self.tokenizer = load_tokenizer(tokenizer_path).to(device)
-        prepared = encoder_info(tokenizer_path)["preprocessing"]
+        prepared = preprocessing_of(tokenizer_path)
         self.mean, self.std = (torch.tensor(prepared[name]).view(-1, 1, 1, 1).to(device) for name in ("mean", "std"))
         transform = training_transform(
             self.tokenizer.in_channels, prepared.get("spacing"), presets=prepared.get("presets")
@@ -66,17 +72,21 @@ class TokenizerProbe:
         "token_entropy"; and the "marginal_entropy" of p, the loss of always predicting p in masked modelling, in nats.
         """
         errors: dict[str, list[tuple[float, float]]] = {}
-        shares, entropies = [], []
+        share, likeliest = torch.zeros(self.tokenizer.num_codes, dtype=torch.float64), set[int]()
+        tokens, entropy = 0, 0.0
         for number in range(self.num_crops):
             sample = self.crops[number]
             degree = sample.get("anisotropy", 5)
             error, log_p = self._decoded(sample["image"].float().to(self.device), degree)
             for name in ("all", sample["modality"], f"anisotropy {degree}"):
                 errors.setdefault(name, []).append(error)
-            shares.append(log_p.exp().movedim(1, -1).flatten(0, -2).double().cpu())
-            entropies += [code_entropy(log_p).item()] * len(shares[-1])
-        tokens = torch.cat(shares)
-        scores = {"codes": _codes(tokens) | {"token_entropy": float(np.mean(entropies))}, **_means(errors)}
+            p = log_p.exp().transpose(0, 1).flatten(1).double().cpu()
+            share += p.sum(1)
+            likeliest.update(p.argmax(0).tolist())
+            tokens += p.shape[1]
+            entropy += code_entropy(log_p).item() * p.shape[1]
+        codes = {**_codes(share / tokens), "likeliest": len(likeliest), "token_entropy": entropy / tokens}
+        scores = {"codes": codes, **_means(errors)}
         for name, of in scores.items():
             logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in of.items()))
         if self.output_path is not None:
@@ -92,15 +102,14 @@ class TokenizerProbe:
         return (float(MAEMetric()(*pair)), float(PSNRMetric(max_val=1.0)(*pair))), log_p
 
 
-def _codes(tokens: Tensor) -> dict[str, float]:
-    count = tokens.shape[1]
-    share = tokens.mean(0)
+def _codes(share: Tensor) -> dict[str, float]:
+    """How codes are used, by the mean share of each."""
+    count = len(share)
     entropy = float(-torch.xlogy(share, share).sum())
     return {
         "count": count,
         "perplexity": float(np.exp(entropy)),
         "in_use": int((share >= _LEAST / count).sum()),
-        "likeliest": len(tokens.argmax(1).unique()),
         "marginal_entropy": entropy,
     }
 

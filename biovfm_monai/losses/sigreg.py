@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from biovfm_monai import distributed
-from biovfm_monai.draws import uniform
+from biovfm_monai.draws import Use, uniform
 
 __all__ = ["sigreg"]
 
@@ -44,6 +44,6 @@ def sigreg(rows: Tensor, key: Tensor, num_slices: int = 1024, knots: int = 17, l
 def _directions(key: Tensor, count: int, width: int) -> Tensor:
     """Directions uniform on the sphere, count x width: normal numbers by their quantiles, then brought to length 1."""
     # Halfway between the numbers that `uniform` gives: at 0 the quantile is not finite.
-    drawn = uniform(key.view(1), count * width).view(count, width).double() + 2.0**-25
+    drawn = uniform(key.view(1), count * width, Use.DIRECTION).view(count, width).double() + 2.0**-25
     normal = math.sqrt(2) * torch.erfinv(2 * drawn - 1)
     return (normal / normal.norm(dim=1, keepdim=True)).float()

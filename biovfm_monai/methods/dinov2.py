@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
-from biovfm_monai.draws import forked, uniform
+from biovfm_monai.draws import Use, forked, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
@@ -81,7 +81,7 @@ class DINOv2(SSLMethod):
             )
         if centering not in ("sinkhorn", "mean"):
             raise InputError(f"centering {centering!r} must be 'sinkhorn' or 'mean'. Give one of them.")
-        require_within(0, queue=queue)
+        require_within(0, whole=True, queue=queue)
         require_within(0, above=True, student_temp=student_temp, teacher_temp=teacher_temp)
         require_within(0, 1, momentum=momentum, mask_probability=mask_probability, freeze_last_layer=freeze_last_layer)
         require_within(0, 1, above=True, warmup=warmup)
@@ -154,7 +154,7 @@ class DINOv2(SSLMethod):
         """Which patches the student does not see: (views B) x L, on the CPU, so that no device is waited for."""
         keys = keys_of_batch(batch, len(patches.voxels) // views, torch.device("cpu"))
         keys = torch.cat([forked(keys, _VIEW + view) for view in range(views)])
-        chosen, share = uniform(keys, 2).unbind(1)
+        chosen, share = uniform(keys, 2, Use.SHARE).unbind(1)
         low, high = self.mask_ratio
         count = ((low + (high - low) * share) * math.prod(patches.grid_size)).int().clamp(min=1)
         return block_mask(keys, patches.grid_size, count * (chosen < self.mask_probability))

@@ -60,7 +60,7 @@ class IJEPA(SSLMethod):
                 f"predictor_num_heads {heads} must divide predictor_embed_dim {predictor_embed_dim}. Correct one."
             )
         require_within(0, 1, momentum=momentum)
-        require_within(1, num_targets=num_targets)
+        require_within(1, whole=True, num_targets=num_targets)
         require_pair(0, 1, above=True, target_scale=target_scale, context_scale=context_scale)
         require_pair(0, above=True, target_aspect=target_aspect)
         self.encoder = encoder

@@ -42,7 +42,7 @@ class LeJEPA(SSLMethod):
     ) -> None:
         super().__init__()
         require_within(0, 1, sigreg_weight=sigreg_weight)
-        require_within(1, num_slices=num_slices)
+        require_within(1, whole=True, num_slices=num_slices)
         self.sigreg_weight, self.num_slices = sigreg_weight, num_slices
         self.encoder = encoder
         self.projector = projector([encoder.embed_dim, *projector_dims])

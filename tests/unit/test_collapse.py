@@ -27,12 +27,12 @@ SMALL = RandomResizedCrop((8, 8))
 class Regression(SSLMethod):
     """Learns each view's mean, and says what it is told to of its teacher."""
 
-    def __init__(self, constant=False, entropy=None, falls=False):
+    def __init__(self, constant=False, entropy=None, falls=False, breaks=False):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3, drop_path_rate=0.2)
         self.head = torch.nn.Linear(24, 1)
-        self.entropy, self.falls = entropy, falls
+        self.entropy, self.falls, self.breaks = entropy, falls, breaks
         torch.nn.init.normal_(self.encoder.norm.bias)
         if constant:
             self.encoder.norm.weight.requires_grad_(False).zero_()
@@ -40,6 +40,8 @@ class Regression(SSLMethod):
     def after_step(self, progress):
         if self.falls and progress > 0.7:
             self.encoder.norm.weight.data.mul_(0.5)
+        if self.breaks and progress > 0.7:
+            self.encoder.norm.weight.data[0] = torch.nan
 
     def forward(self, batch):
         image = batch["image"] if "image" in batch else batch["global_crops"].flatten(0, 1)
@@ -154,6 +156,15 @@ def test_a_collapse_can_stop_the_run_with_one_line_before_its_state_is_written(t
     assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
 
 
+@pytest.mark.parametrize("on_collapse", ["warn", "stop", "rewind"])
+def test_numbers_that_are_not_finite_never_reach_a_state(tmp_path, on_collapse):
+    states = StateHandler(tmp_path)
+    options = {"warmup": 0.9, "on_collapse": on_collapse, "states": states}
+    with pytest.raises(CollapseError, match="collapse at epoch 3: embeddings are not finite"):
+        run(Regression(breaks=True), states, watch(**options), epochs=4)
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
+
+
 def test_a_healthy_encoder_goes_on_without_a_word(caplog):
     engine = run(Regression(entropy=0.5), watch(on_collapse="stop"), epochs=3)
     assert "collapse" not in caplog.text
@@ -184,7 +195,7 @@ def test_a_tokenizer_is_left_out_and_that_is_said_once(caplog):
     ("options", "message"),
     [
         ({"on_collapse": "repeat"}, r"'repeat' must be 'warn', 'stop' or 'rewind'\. Give"),
-        ({"on_collapse": "rewind"}, r"'rewind' must have the StateHandler as states, and interval 1.* Give both"),
+        ({"on_collapse": "rewind"}, r"'rewind' must have the StateHandler as states, and interval 1.* Give them"),
         ({"on_collapse": "rewind", "states": StateHandler("."), "interval": 2}, "interval 1"),
         ({"lr_factor": 1.0}, r"lr_factor 1\.0 must be between 0 and 1.* Give"),
         ({"num_images": 1}, "num_images 1 must be 2 or more"),
@@ -275,17 +286,17 @@ def test_without_a_schedule_the_learning_rate_is_lowered_too(tmp_path):
     assert [line["learning_rate"] for line in lines_of(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0005)
 
 
-@pytest.mark.parametrize(("epoch", "options"), [(3, {}), (6, {"warmup": 0.99, "least_rank": 0.9})])
-def test_after_as_many_ways_back_as_were_asked_for_the_run_is_stopped(tmp_path, caplog, epoch, options):
-    with pytest.raises(CollapseError, match=rf"collapse at epoch {epoch}: .*The run went back 1 time\(s\) already"):
-        attracted(tmp_path, most_rewinds=1, **options)
+def test_after_as_many_ways_back_as_were_asked_for_the_run_is_stopped(tmp_path, caplog):
+    with pytest.raises(CollapseError, match=r"collapse at epoch 3: .*The run went back 1 time\(s\) already"):
+        attracted(tmp_path, most_rewinds=1)
     assert caplog.text.count("Going back") == 1
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == epoch - 1
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
 
 
-def test_a_collapse_before_the_first_state_stops_the_run(tmp_path):
-    with pytest.raises(CollapseError, match=r"collapse at epoch 1: .*There is no state of an earlier epoch"):
-        attracted(tmp_path, least_rank=0.9)
+@pytest.mark.parametrize(("epoch", "warmup"), [(1, 0.0), (6, 0.99)])
+def test_without_an_epoch_that_was_found_good_there_is_no_way_back(tmp_path, epoch, warmup):
+    with pytest.raises(CollapseError, match=rf"collapse at epoch {epoch}: .*There is no state to go back to"):
+        attracted(tmp_path, least_rank=0.9, warmup=warmup)
 
 
 # What is logged, and that nothing is touched

@@ -491,6 +491,15 @@ def test_the_probe_of_a_tokenizer_equals_the_formulas(tmp_path):
         assert scores[name] == pytest.approx({"crops": 3, "l1": means[0], "psnr": means[1]}, rel=1e-3)
 
 
+def test_a_probe_of_nothing_or_of_a_file_that_tells_too_little_is_refused(tmp_path):
+    items = [{"image": torch.rand(1, 1, 32, 32), "modality": "microscopy"}]
+    save_tokenizer(small(), tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match=r"bare.safetensors: its header does not say mean and std"):
+        TokenizerProbe(tmp_path / "bare.safetensors", items, (32, 32))
+    with pytest.raises(InputError, match="num_crops 0 must be 1 or more"):
+        TokenizerProbe(tmp_path / "bare.safetensors", items, (32, 32), num_crops=0)
+
+
 def test_a_tokenizer_has_no_size_to_fit_images_to(tmp_path):
     save_tokenizer(small(), tmp_path / "tokenizer.safetensors", {"mean": 0.5, "std": 0.5})
     with pytest.raises(InputError, match=r"takes any size\. Give --img_size"):

@@ -247,9 +247,10 @@ def test_several_views_are_those_that_are_made_one_by_one(size, small, image, at
     torch.testing.assert_close([*batch["global_crops"], *batch["local_crops"]], alone)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (8, 16, 16)])
+@pytest.mark.parametrize("size", [(16, 16), (16, 96), (8, 16, 16), (8, 16, 96)])
 def test_what_a_turned_view_shows_beyond_the_source_is_its_mirror_image(size):
-    image = torch.rand(4, 1, *(1, 24, 24) if len(size) == 2 else (12, 24, 24))
+    depth = 1 if len(size) == 2 else 12
+    image = torch.rand(4, 1, depth, 24, size[-1] * 3 // 2)
     view = RandomResizedCrop(size, scale=(0.8, 1.0), policy=Policy(rotation=180.0), mean=0, std=1)
     drawn = view.draw(image, keys=torch.arange(4))
     assert (drawn.maps[:, :, :-1].abs().sum(2) + drawn.maps[:, :, -1].abs()).max() > 1.1
@@ -287,7 +288,10 @@ def test_depth_has_a_share_of_its_own():
         (lambda: Policy(flip=1.5), "flip 1.5 must be 0 or more, and at most 1"),
         (lambda: Policy(rotation=-5), "rotation -5 must be 0 or more"),
         (lambda: Policy(blur=(2.0, 1.0)), "blur 2.0 must be 0 or more, and at most 1"),
-        (lambda: Policy(noise=(0.5, -1.0)), "noise (0.5, -1.0) must be 0 or more"),
+        (lambda: Policy(noise=(0.5, -1.0)), "the size of noise -1.0 must be 0.0 or more"),
+        (lambda: Policy(gamma=(0.5, 0.0)), "the size of gamma 0.0 must be 1.0 or more"),
+        (lambda: RandomResizedCrop((8.5, 8)), "img_size (8.5, 8) must be a whole number, 1 or more"),
+        (lambda: RandomResizedCrop(8), "img_size 8 must be two or three numbers"),
         (lambda: Policy(gamma=0.5), "gamma 0.5 must be a probability and a size"),
     ],
 )
@@ -319,3 +323,8 @@ def test_eight_bits_are_shown_as_their_share_of_255():
         made, expected = (view({"image": one, "key": torch.arange(2)}, CPU) for one in (image, image / 255))
         name = "image" if "image" in made else "global_crops"
         torch.testing.assert_close(made[name], expected[name])
+
+
+def test_ranges_may_be_of_any_kind_of_number():
+    given = RandomResizedCrop(np.array([8, 8]), scale=np.array([0.2, 1.0]), ratio=(np.float32(0.75), np.float64(1.5)))
+    assert given({"image": torch.zeros(1, 1, 1, 8, 8)}, CPU)["image"].shape == (1, 1, 8, 8)
