@@ -18,10 +18,10 @@ import argparse
 import csv
 import json
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "I-JEPA": ("ijepa", {}),
     "SimMIM": ("simmim", {}),
     "Barlow Twins": ("barlow_twins", {}),
+    "VICReg": ("vicreg", {}),
     "MONAI's MAE": (None, {}),
 }
 CONTROLS = ("MONAI's MAE", "random init", "raw pixels")
@@ -102,7 +103,7 @@ class MonaiEmbedder(nn.Module):
         self.net = method.net
 
     def forward(self, image: Tensor) -> Tensor:
-        """B x C x H x W to B x 192."""
+        """B x C x H x W to B x width."""
         tokens = self.net.patch_embedding(image)
         tokens = torch.cat([self.net.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return self.net.blocks(tokens)[:, 1:].mean(1)
@@ -209,7 +210,7 @@ def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds:
     """Train, embed and score: one row of the result."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    about = {"task": name, "method": method, "seed": seed, "rate": rate}
+    about = {"task": name, "method": method, "seed": seed, "rate": rate, "seconds": seconds}
     task = TASKS[name]
     if method == "raw pixels":
         return about | scores(nn.Flatten(), store)
@@ -228,20 +229,22 @@ def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds:
     return about | scores(embedder, store)
 
 
-def run_all(runs: Iterable[dict[str, Any]], path: Path, workers: int) -> pd.DataFrame:
-    """Run what the file has no row of, and add it; all rows of the file."""
-    fields = ["task", "method", "seed", "rate", "steps", "images", "cpu_seconds", "loss", *SCORES]
+def run_all(runs: list[dict[str, Any]], path: Path, workers: int) -> pd.DataFrame:
+    """Run what the file has no row of, and add it; the rows of the runs."""
+    fields = ["task", "method", "seed", "rate", "seconds", "steps", "images", "cpu_seconds", "loss", *SCORES]
     if not path.exists():
         path.write_text(",".join(fields) + "\n", encoding="utf-8")
-    done = {(r.task, r.method, r.seed, r.rate) for r in pd.read_csv(path).itertuples()}
-    left = [run for run in runs if (run["name"], run["method"], run["seed"], run["rate"]) not in done]
+    done = {(r.task, r.method, r.seed, r.rate, r.seconds) for r in pd.read_csv(path).itertuples()}
+    key = itemgetter("name", "method", "seed", "rate", "seconds")
+    left = [run for run in runs if key(run) not in done]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done_run in as_completed([pool.submit(row_of, **run) for run in left]):
             row = done_run.result()
             with path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, fields).writerow(row)
             print(json.dumps(row), flush=True)
-    return pd.read_csv(path)
+    rows, wanted = pd.read_csv(path), {key(run) for run in runs}
+    return rows[[(r.task, r.method, r.seed, r.rate, r.seconds) in wanted for r in rows.itertuples()]]
 
 
 def write_table(rows: pd.DataFrame, path: Path) -> None:
@@ -306,8 +309,8 @@ def main() -> None:
     tried = run_all(trials, arguments.out / "rates.csv", arguments.workers)
     rates = {method: of.loc[of.knn.idxmax(), "rate"] for method, of in tried.groupby("method")}
     runs = [
-        {"method": method, "name": name, "store": stores[name], "rate": rates.get(method, 0.0), "seed": seed}
-        | {"seconds": arguments.seconds}
+        {"method": method, "name": name, "store": stores[name], "seed": seed, "seconds": arguments.seconds}
+        | {"rate": rates.get(method, 0.0)}
         for name in arguments.tasks
         for seed in range(arguments.seeds)
         for method in [*arguments.methods, *CONTROLS[1:]]
