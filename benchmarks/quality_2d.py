@@ -270,7 +270,7 @@ def write_table(rows: pd.DataFrame, path: Path) -> None:
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """A point per seed, a panel per task and score; controls hollow."""
     tasks = rows.task.unique()
-    names = [*METHODS, *CONTROLS[1:]]
+    names = [name for name in (*METHODS, *CONTROLS[1:]) if name in set(rows.method)]
     figure = Figure(figsize=(4 * len(tasks), 7))
     axes = figure.subplots(2, len(tasks), sharey=True, squeeze=False)
     for column, name in enumerate(tasks):
