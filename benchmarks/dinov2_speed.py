@@ -33,7 +33,6 @@ from views_speed import ours as our_views
 from views_speed import peers as peers_views
 
 from biovfm_monai.data import NATURAL
-from biovfm_monai.draws import uniform
 from biovfm_monai.methods import DINOv2
 from biovfm_monai.networks import ViT, vit_large, vit_small
 from biovfm_monai.networks.masking import block_mask
@@ -91,7 +90,7 @@ class Peer(nn.Module):
         patches = encoder.patchify(crops.flatten(0, 1))
         n, tokens = patches.voxels.shape[:2]
         keys = torch.randint(2**62, (n,))
-        chosen, share = uniform(keys, 2).unbind(1)
+        chosen, share = torch.rand(2, n)
         count = ((0.1 + 0.4 * share) * tokens).int() * (chosen < 0.5)
         mask = block_mask(keys, patches.grid_size, count).to(crops.device)
         with torch.no_grad():

@@ -15,37 +15,16 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from monai.networks.nets import MaskedAutoEncoderViT
+from monai_mae import MonaiMAE
 from timing import PRODUCT, medians, product
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from biovfm_monai.methods import MAE
-from biovfm_monai.networks import patchify, vit_small
+from biovfm_monai.networks import vit_small
 
 SETTINGS = {"2D 224x224": ((224, 224), 3, 32), "3D 96x96x96": ((96, 96, 96), 1, 32)}
 DECODERS = {"512 x 8": (512, 8, 16), "192 x 4": (192, 4, 6)}
-
-
-class MonaiLoss(torch.nn.Module):
-    """MONAI's network returns predictions and a mask; this adds the loss that MAE asks for."""
-
-    def __init__(self, img_size: tuple[int, ...], channels: int, decoder: tuple[int, int, int]) -> None:
-        super().__init__()
-        width, depth, heads = decoder
-        self.net = MaskedAutoEncoderViT(
-            channels, img_size, 16, 384, 1536, 12, 6, 0.75, width, 4 * width, depth, heads,
-            spatial_dims=len(img_size), qkv_bias=True, decoder_pos_embed_type="learnable",
-        )  # fmt: skip
-        self.patch = (1, 16, 16) if len(img_size) == 2 else (16, 16, 16)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Mean squared error on hidden patches, each normalised."""
-        prediction, mask = self.net(image)
-        target = patchify(image[:, :, None] if image.ndim == 4 else image, self.patch)
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        error = ((prediction.float() - target) ** 2).mean(-1)
-        return (error * mask).sum() / mask.sum()
 
 
 def make_step(
@@ -78,9 +57,9 @@ def run_setting(setting: str, decoder: str, rounds: int, device: str) -> None:
     image = torch.randn(batch, channels, *img_size, device=device)
     width, depth, heads = DECODERS[decoder]
     ours = MAE(vit_small(channels, img_size), 0.75, width, depth, heads).to(device)
-    theirs = MonaiLoss(img_size, channels, DECODERS[decoder]).to(device)
+    theirs = MonaiMAE(channels, img_size, 16, (384, 12, 6), DECODERS[decoder]).to(device)
     flops = count_flops(ours, image)
-    our_loss, their_loss = lambda: ours({"image": image})["loss"], lambda: theirs(image)
+    our_loss, their_loss = lambda: ours({"image": image})["loss"], lambda: theirs({"image": image})["loss"]
     calls = {
         "ours fp32": make_step(ours, our_loss, None, device),
         "ours bf16": make_step(ours, our_loss, torch.bfloat16, device),

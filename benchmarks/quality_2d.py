@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from multiprocessing import get_context
@@ -29,20 +30,20 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from monai.networks.nets import MaskedAutoEncoderViT
+from monai_mae import MonaiMAE
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from training import train
+from training import Trained, train
 
 from biovfm_monai.data import Store, index, pack
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.evaluation import knn_accuracy
 from biovfm_monai.methods import SSLMethod
-from biovfm_monai.networks import Embedder, ViT, patchify, vit_tiny
+from biovfm_monai.networks import Embedder, ViT, vit_tiny
 
 RATES = (0.0005, 0.002)
 BUNDLE, BATCH, WIDTH, DEPTH, HEADS = "biovfm_mae_pretraining", 128, 96, 4, 3
@@ -60,6 +61,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 CONTROLS = ("MONAI's MAE", "random init", "raw pixels")
 MOST_PROBED, STRENGTHS, SELECTION_SEED = 10_000, (0.01, 0.1, 1.0), 100
+Embed = Callable[[Tensor], Tensor]
 SCORES = {"auc": "linear-probe AUC", "knn": "kNN accuracy", "rank": "effective rank"}
 
 
@@ -75,38 +77,11 @@ class Task(NamedTuple):
 TASKS = {"bloodmnist": Task(3, 28, 7, 14), "organamnist": Task(1, 28, 7, 14), "mednist": Task(1, 64, 16, 32)}
 
 
-class MonaiMAE(SSLMethod):
-    """MONAI's network with the encoder's and the decoder's size of ours; the loss is the one MAE asks for."""
+class PeersMAE(MonaiMAE, SSLMethod):
+    """MONAI's network with the sizes of our encoder and of the bundle's decoder, as a method of the trainer."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.patch = task.patch
-        self.net = MaskedAutoEncoderViT(
-            task.channels, (task.size, task.size), task.patch, WIDTH, 4 * WIDTH, DEPTH, HEADS, 0.75, 128, 512, 2, 4,
-            spatial_dims=2, qkv_bias=True, decoder_pos_embed_type="learnable",
-        )  # fmt: skip
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Mean squared error on hidden patches, each normalised."""
-        prediction, mask = self.net(batch["image"])
-        target = patchify(batch["image"][:, :, None], (1, self.patch, self.patch))
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        error = ((prediction.float() - target) ** 2).mean(-1)
-        return {"loss": (error * mask).sum() / mask.sum()}
-
-
-class MonaiEmbedder(nn.Module):
-    """Mean of the patch tokens of MONAI's network."""
-
-    def __init__(self, method: MonaiMAE) -> None:
-        super().__init__()
-        self.net = method.net
-
-    def forward(self, image: Tensor) -> Tensor:
-        """B x C x H x W to B x width."""
-        tokens = self.net.patch_embedding(image)
-        tokens = torch.cat([self.net.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.net.blocks(tokens)[:, 1:].mean(1)
+        super().__init__(task.channels, (task.size, task.size), task.patch, (WIDTH, DEPTH, HEADS), (128, 2, 4))
 
 
 def packed(data: Path, out: Path, name: str) -> Path:
@@ -145,14 +120,13 @@ def images_of(store: Path, section: str) -> tuple[Tensor, np.ndarray]:
 
 
 @torch.inference_mode()
-def embedded(network: nn.Module, images: Tensor) -> np.ndarray:
+def embedded(network: Embed, images: Tensor) -> np.ndarray:
     """Images x features."""
     return torch.cat([network(part) for part in images.split(256)]).float().numpy()
 
 
-def scores(network: nn.Module, store: Path) -> dict[str, float]:
+def scores(network: Embed, store: Path) -> dict[str, float]:
     """The three scores of an embedding on the test images."""
-    network.eval()
     images = {section: images_of(store, section) for section in ("training", "validation", "test")}
     of = {section: embedded(network, image) for section, (image, _) in images.items()}
     with threadpool_limits(1):
@@ -186,7 +160,7 @@ def untrained(task: Task) -> ViT:
     return vit_tiny(task.channels, (task.size, task.size), task.patch, **size)
 
 
-def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seconds: float) -> tuple[Any, nn.Module]:
+def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seconds: float) -> tuple[Trained, Embed]:
     """A method trained on a task, and its embedder."""
     task = TASKS[name]
     overlay, sizes = METHODS[method]
@@ -200,10 +174,12 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     if overlay in ("dinov2", "lejepa"):
         overrides["views#local_view#img_size"] = [task.local] * 2
     if method == "MONAI's MAE":
-        overrides |= {"method": {"_target_": MonaiMAE, "task": task}, "precision": "fp32"}
+        overrides |= {"method": {"_target_": PeersMAE, "task": task}, "precision": "fp32"}
     run = train(BUNDLE, overlay, overrides, seconds, seed)
-    embedder = MonaiEmbedder(run.method) if isinstance(run.method, MonaiMAE) else Embedder(run.method.trained)
-    return run, embedder
+    trained = run.method.eval()
+    if isinstance(trained, PeersMAE):
+        return run, trained.embed
+    return run, Embedder(trained.trained).eval()
 
 
 def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds: float) -> dict[str, Any]:
@@ -216,9 +192,8 @@ def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds:
         return about | scores(nn.Flatten(), store)
     if method == "random init":
         torch.manual_seed(seed)
-        return about | scores(Embedder(untrained(task)), store)
+        return about | scores(Embedder(untrained(task)).eval(), store)
     run, embedder = pretrained(method, name, store, rate, seed, seconds)
-    embedder.eval()
     about |= {"steps": run.steps, "images": run.images, "cpu_seconds": round(run.cpu_seconds, 1), "loss": run.loss}
     if seed == SELECTION_SEED:
         (train_images, train_labels), (images, labels) = (images_of(store, of) for of in ("training", "validation"))
