@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["require_writable", "set_aside", "write_atomically"]
+__all__ = ["require_writable", "set_aside", "write_atomically", "write_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,3 +58,9 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, as `write_atomically` does."""
+    with write_atomically(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

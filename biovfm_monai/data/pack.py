@@ -30,7 +30,7 @@ from biovfm_monai.data.preprocessing import ByModalityd, degree_of
 from biovfm_monai.data.reading import read_image
 from biovfm_monai.data.store import ABOUT, ALIGNMENT, INDEX, shard_name, table_name
 from biovfm_monai.errors import InputError, reason_of
-from biovfm_monai.files import require_writable, write_atomically
+from biovfm_monai.files import require_writable, write_atomically, write_json
 from biovfm_monai.sheet import middle_slice
 
 __all__ = ["pack"]
@@ -186,8 +186,7 @@ def _begin(out: Path, about: Mapping[str, Any]) -> None:
     elif any(path for path in out.iterdir() if path.name != f".{ABOUT}.draft"):
         raise InputError(f"{out}: holds files, but no store. Give an empty folder as --out.")
     else:
-        with write_atomically(path) as draft:
-            draft.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(path, about)
 
 
 def _kept_salt(out: Path, salt: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
-from biovfm_monai.files import write_atomically
+from biovfm_monai.files import write_json
 from biovfm_monai.networks import Embedder, ViT
 
 __all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy"]
@@ -138,8 +137,7 @@ class KNNProbe:
         for name in contenders:
             logger.info("kNN accuracy, %s: %.3f (chance %.3f)", name, scores[name], scores["chance"])
         if self.output_path is not None:
-            with write_atomically(self.output_path) as draft:
-                draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+            write_json(self.output_path, scores)
         return scores
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from biovfm_monai.checkpoints import load_tokenizer
 from biovfm_monai.data import RandomCropDataset, training_transform
 from biovfm_monai.errors import require_within
 from biovfm_monai.evaluation.embed import preprocessing_of
-from biovfm_monai.files import write_atomically
+from biovfm_monai.files import write_json
 from biovfm_monai.losses.quantiser import code_entropy
 
 __all__ = ["TokenizerProbe"]
@@ -90,8 +89,7 @@ class TokenizerProbe:
         for name, of in scores.items():
             logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in of.items()))
         if self.output_path is not None:
-            with write_atomically(self.output_path) as draft:
-                draft.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+            write_json(self.output_path, scores)
         return scores
 
     def _decoded(self, image: Tensor, degree: int) -> tuple[tuple[float, float], Tensor]:
