@@ -58,16 +58,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            given: dict[str, Any] = {field.name: getattr(self, field.name)}
+            chance = getattr(self, field.name)
             if isinstance(field.default, tuple):
-                value = given[field.name]
-                if not isinstance(value, tuple | list) or len(value) != 2:
-                    raise InputError(f"{field.name} {value!r} must be a probability and a size. Give both.")
+                if not isinstance(chance, tuple | list) or len(chance) != 2:
+                    raise InputError(f"{field.name} {chance!r} must be a probability and a size. Give both.")
                 # Configuration files have lists.
-                object.__setattr__(self, field.name, tuple(value))
-                require_within(field.default[1], **{f"the size of {field.name}": value[1]})
-                given[field.name] = value[0]
-            require_within(0, math.inf if field.name == "rotation" else 1, **given)
+                object.__setattr__(self, field.name, tuple(chance))
+                chance, size = chance
+                require_within(field.default[1], **{f"the size of {field.name}": size})
+            require_within(0, math.inf if field.name == "rotation" else 1, **{field.name: chance})
 
 
 _GEOMETRY = ("flip", "vertical_flip", "depth_flip", "rotation")

@@ -44,8 +44,7 @@ class BarlowTwins(SSLMethod):
             InputError: when there are not two views.
         """
         crops, degree = images_of_batch(batch, "global_crops", 2), degree_of_batch(batch)
-        seen = self.encoder(crops.flatten(0, 1), degree)
-        rows = pool(seen, self.encoder.global_pool, self.encoder.num_prefix_tokens)
+        rows = pool(self.encoder(crops.flatten(0, 1), degree), self.encoder)
         # Batch norm takes one view at a time; the last one leaves numbers of mean 0 and variance 1.
         first, second = (self.projector(part) for part in rows.chunk(2))
         with torch.autocast(first.device.type, enabled=False):

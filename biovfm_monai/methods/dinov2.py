@@ -209,15 +209,13 @@ class DINOv2(SSLMethod):
     def _scores(self, large: Tensor, small: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The student's for prototypes: of class tokens of large and small views, and of some patches, by number."""
         free = self.progress >= self.freeze_last_layer
-        tokens = [large[:, 0], large[:, :0].flatten(0, 1) if small is None else small]
+        tokens = [large[:, 0]] if small is None else [large[:, 0], small]
         patches = large[:, self.encoder.num_prefix_tokens :].flatten(0, 1).index_select(0, rows)
-        sizes = [len(tokens[0]), len(tokens[1])]
         # One call, since what is done to the prototypes costs as much as many rows.
-        if self.patch_head is None:
-            scores = self.head(torch.cat([*tokens, patches]), free).split([*sizes, len(patches)])
-        else:
-            scores = (*self.head(torch.cat(tokens), free).split(sizes), self.patch_head(patches, free))
-        return scores[0], None if small is None else scores[1], scores[2]
+        together = [*tokens, patches] if self.patch_head is None else tokens
+        scores = self.head(torch.cat(together), free).split([len(rows) for rows in together])
+        of_patches = scores[-1] if self.patch_head is None else self.patch_head(patches, free)
+        return scores[0], None if small is None else scores[1], of_patches
 
     def _dino(self, shares: Tensor, large: Tensor, small: Tensor | None) -> Tensor:
         """Mean over pairs of a teacher's view and another one of the student's, by shares and scores."""

@@ -79,4 +79,4 @@ class LeJEPA(SSLMethod):
         self.step += 1
 
     def _embed(self, images: Tensor, degree: int | None) -> Tensor:
-        return pool(self.encoder(images, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
+        return pool(self.encoder(images, degree), self.encoder)

@@ -62,8 +62,8 @@ class MoCoV3(SSLMethod):
         """
         crops, degree = images_of_batch(batch, "global_crops", 2), degree_of_batch(batch)
         views = crops.flatten(0, 1)
-        seen = pool(self.encoder(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
-        known = pool(self.teacher(views, degree), self.encoder.global_pool, self.encoder.num_prefix_tokens)
+        seen = pool(self.encoder(views, degree), self.encoder)
+        known = pool(self.teacher(views, degree), self.encoder)
         # Batch norm takes one view at a time, as when each is a batch of its own.
         first, second = (self.predictor(self.projector(rows)) for rows in seen.chunk(2))
         first_key, second_key = (self.teacher_projector(rows) for rows in known.chunk(2))

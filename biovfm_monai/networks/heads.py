@@ -9,12 +9,12 @@ from biovfm_monai.networks.vit import ViT
 __all__ = ["Embedder", "pool"]
 
 
-def pool(tokens: Tensor, global_pool: str, num_prefix_tokens: int) -> Tensor:
-    """One vector per image, B x embed_dim, of its B x (prefix + L) x embed_dim tokens, as `ViT`'s global_pool says."""
-    if global_pool == "token":
+def pool(tokens: Tensor, encoder: ViT) -> Tensor:
+    """One vector per image, B x embed_dim, of its B x (prefix + L) x embed_dim tokens, by an encoder's global_pool."""
+    if encoder.global_pool == "token":
         return tokens[:, 0]
-    patches = tokens[:, num_prefix_tokens:]
-    return patches.mean(1) if global_pool == "avg" else patches.amax(1)
+    patches = tokens[:, encoder.num_prefix_tokens :]
+    return patches.mean(1) if encoder.global_pool == "avg" else patches.amax(1)
 
 
 class Embedder(nn.Module):
@@ -37,5 +37,5 @@ class Embedder(nn.Module):
             slices = image.shape[2]
             image = image.transpose(1, 2).flatten(0, 1)
         tokens = self.encoder(image, anisotropy, spacing=spacing)
-        pooled = pool(tokens, self.encoder.global_pool, self.encoder.num_prefix_tokens)
+        pooled = pool(tokens, self.encoder)
         return pooled.unflatten(0, (-1, slices)).mean(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.data import MetaTensor
@@ -58,7 +59,8 @@ class SoftTokenizer(nn.Module):
         }  # fmt: skip
         self.in_channels, self.num_codes, self.stride = in_channels, num_codes, math.prod(strides)
         self.strides = tuple(strides)
-        width, steps = widths[-1], list(zip([in_channels, *widths], widths, strides, strict=False))
+        width, pairs = widths[-1], pairwise([in_channels, *widths])
+        steps = [(*pair, stride) for pair, stride in zip(pairs, strides, strict=True)]
         self.narrow = nn.ModuleList(AdaptiveConv3d(before, after, s, s) for before, after, s in steps)
         self.norms = nn.ModuleList(nn.LayerNorm(after) for after in widths)
         self.encoder_blocks = nn.ModuleList(_ConvBlock(width, width, norm_groups) for _ in range(2))
@@ -141,8 +143,9 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, widths: Sequence[int] = (128, 256, 512), norm_groups: int = 16) -> None:
         super().__init__()
-        steps = zip([in_channels, *widths], widths, strict=False)
-        self.narrow = nn.ModuleList(_ConvBlock(before, after, norm_groups, stride=2) for before, after in steps)
+        self.narrow = nn.ModuleList(
+            _ConvBlock(before, after, norm_groups, stride=2) for before, after in pairwise([in_channels, *widths])
+        )
         self.block = _ConvBlock(widths[-1], widths[-1], norm_groups)
         self.head = AdaptiveConv3d(widths[-1], 1, 3)
 
