@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["require_writable", "set_aside", "write_atomically", "write_json"]
+__all__ = ["require_writable", "set_aside", "version_of", "write_atomically", "write_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,12 @@ def require_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """Numbers that are others when a file is written anew, for what is kept in memory of it."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def set_aside(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from biovfm_monai.data.headers import Header, array_headers, checked, is_colour, readable
 from biovfm_monai.errors import InputError
+from biovfm_monai.files import version_of
 
 __all__ = ["describe_archive", "read_part"]
 
@@ -67,11 +68,11 @@ def read_part(path: Path, name: str, number: int) -> np.ndarray:
     An array of up to 1 GiB is kept in memory until another one is asked for. Of a larger one the images before the one
     that is asked for are unpacked and forgotten, so it has to be gone through in its order: `biovfm pack` does.
     """
-    return _opened(path, name)[number]
+    return _opened(path, name, version_of(path))[number]
 
 
 @lru_cache(maxsize=1)
-def _opened(path: Path, name: str) -> Any:
+def _opened(path: Path, name: str, _version: tuple[int, ...]) -> Any:
     shape, dtype = array_headers(path)[name]
     if dtype.kind in "uif":
         checked(path, Header(shape[1:] or (1,), 1, str(dtype)))

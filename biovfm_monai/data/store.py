@@ -24,6 +24,7 @@ from biovfm_monai.data.encoding import decode
 from biovfm_monai.data.headers import readable
 from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
+from biovfm_monai.files import version_of
 
 __all__ = ["ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "shard_name", "table_name"]
 
@@ -36,16 +37,16 @@ _NAMES = ("label", "modality", "source", "split", "subject")
 
 
 @lru_cache(maxsize=_HANDLES)
-def _open(path: Path, start: int) -> blosc2.NDArray:
+def _open(path: Path, start: int, _version: tuple[int, ...]) -> blosc2.NDArray:
     return blosc2.open(str(path), mmap_mode="r", offset=start, dparams={"nthreads": 1})
 
 
 class StoredImage:
     """An image in a store, C x D x H x W; only the chunks that a slice touches are read and decoded."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, version: tuple[int, ...]) -> None:
         with readable(path, f"no image at byte {start}"):
-            self._array = _open(path, start)
+            self._array = _open(path, start, version)
             self._meta = self._array.schunk.meta["image"]
         self.shape = torch.Size(self._array.shape)
         self.dtype: np.dtype = self._array.dtype
@@ -94,6 +95,8 @@ class Store(Sequence[dict[str, Any]]):
         with readable(self.path / INDEX, "no index that can be read"):
             schema = pq.read_schema(self.path / INDEX)
             self._ends = np.cumsum(json.loads(schema.metadata[b"images"]))
+            # Of the index, not of each shard: on shared file systems asking takes long.
+            self._version = version_of(self.path / INDEX)
         chosen = self._where("split", section)
         if modality is not None:
             chosen &= self._where("modality", modality)
@@ -130,7 +133,7 @@ class Store(Sequence[dict[str, Any]]):
         shard = int(np.searchsorted(self._ends, row if self._rows is None else self._rows[row], side="right"))
         modality = self.labels("modality")
         name = modality.names[modality.codes[row]]
-        image = StoredImage(self.path / shard_name(shard), start)
+        image = StoredImage(self.path / shard_name(shard), start, self._version)
         return {"image": image, "modality": name, "prepared": self.prepared(name)}
 
     def prepared(self, modality: str) -> dict[str, Any]:

@@ -137,6 +137,12 @@ def test_an_archive_of_medmnist_is_one_item_per_image_with_label_and_split(tmp_p
     assert np.array_equal(prepared.mul(255).round().numpy(), expected)
 
 
+def test_an_archive_written_anew_is_read_anew(tmp_path):
+    for value in (1, 2):
+        np.savez(tmp_path / "bloodmnist.npz", train_images=np.full((2, 9, 7), value, np.uint8))
+        assert (read_image(f"{tmp_path}/bloodmnist.npz::train_images::1") == value).all()
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
 def test_images_of_an_archive_that_does_not_fit_into_memory_are_unpacked_one_by_one(tmp_path, monkeypatch, save, dtype):
@@ -150,7 +156,7 @@ def test_images_of_an_archive_that_does_not_fit_into_memory_are_unpacked_one_by_
         assert torch.equal(image, whole[number])
     with pytest.raises(InputError, match="out of bounds"):
         read_image(f"{tmp_path}/bloodmnist.npz::train_images::30")
-    assert isinstance(medmnist._opened(tmp_path / "bloodmnist.npz", "train_images"), medmnist._Unpacked)
+    assert isinstance(medmnist._opened(tmp_path / "bloodmnist.npz", "train_images", ()), medmnist._Unpacked)
 
 
 def test_an_archive_that_needs_unpickling_is_refused(tmp_path):

@@ -113,6 +113,16 @@ def by_content(path):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
 
 
+def test_a_store_written_anew_is_read_anew(tmp_path):
+    (tmp_path / "images").mkdir()
+    for value in (50, 60):
+        write_png(tmp_path / "images" / "a.png", np.full((40, 40), value, np.uint8))
+        index([tmp_path / "images"], tmp_path / "datalist.json", modality="xray")
+        pack(tmp_path / "datalist.json", tmp_path / "store", num_workers=1)
+        assert (Store(tmp_path / "store")[0]["image"][...] * 255).round().unique().tolist() == [value]
+        shutil.rmtree(tmp_path / "store")
+
+
 def test_every_image_comes_back_as_its_preset_gave_it(folder, store):
     prepare = training_transform(1)
     stored = Store(store)
