@@ -5,11 +5,11 @@
 DATA holds bloodmnist.npz, organamnist.npz (https://medmnist.com, 28 x 28 pixels) and a folder per class of MedNIST
 (64 x 64) in mednist/. Images are packed once. Each method trains a ViT 96 wide and 4 deep without labels, by its
 overlay on the bundle `biovfm_mae_pretraining`, in bf16 on one core, for the same seconds of its time, on the training
-images. Its rate is the one of `RATES` that gives, in a third of the time, the best kNN accuracy on validation images of
-BloodMNIST with a seed that is not used again. Frozen embeddings (mean of patch tokens) of the test images are then
-scored beside those of the untrained encoder, of MONAI's `MaskedAutoEncoderViT` trained the same way (in fp32, since it
-fails in bf16), and the pixels themselves. A run is a row of OUT/rows.csv; what stands there is not run again. At the
-end: OUT/table.md and OUT/quality_2d.png.
+images; masked tokens take half of them for their tokenizer. Its rate is the one of `RATES` that gives, in a third of
+the time, the best kNN accuracy on validation images of BloodMNIST with a seed that is not used again. Frozen embeddings
+(mean of patch tokens) of the test images are then scored beside those of the untrained encoder, of MONAI's
+`MaskedAutoEncoderViT` trained the same way (in fp32, since it fails in bf16), and the pixels themselves. A run is a row
+of OUT/rows.csv; what stands there is not run again. At the end: OUT/table.md and OUT/quality_2d.png.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +38,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.nn import functional as F
 from training import Trained, train
 
 from biovfm_monai.data import Store, index, pack
@@ -57,6 +59,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "SimMIM": ("simmim", {}),
     "Barlow Twins": ("barlow_twins", {}),
     "VICReg": ("vicreg", {}),
+    "masked tokens": ("masked_tokens", {"encoder#_target_": "biovfm_monai.networks.vit_tiny"}),
     "MONAI's MAE": (None, {}),
 }
 CONTROLS = ("MONAI's MAE", "random init", "raw pixels")
@@ -164,11 +167,20 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     """A method trained on a task, and its embedder."""
     task = TASKS[name]
     overlay, sizes = METHODS[method]
-    overrides: dict[str, Any] = {
+    data: dict[str, Any] = {
         "datalist": in_memory(store), "train#preprocessing": nn.Identity(), "in_channels": task.channels,
-        "img_size": [task.size] * 2,
-        "crop_size": [task.size] * 2, "patch_size": task.patch, "batch_size": BATCH, "precision": "bf16",
-        "learning_rate": rate,
+        "crop_size": [task.size] * 2, "batch_size": BATCH, "precision": "bf16",
+    }  # fmt: skip
+    if overlay == "masked_tokens":
+        # Tokens are of 2, 4, 8, ... pixels: images become larger by as much.
+        patch = 2 ** math.ceil(math.log2(task.patch))
+        task, seconds = task._replace(size=task.size // task.patch * patch, patch=patch), seconds / 2
+        data["img_size"] = [task.size] * 2
+        strides = {"encoder#strides": [4, patch // 4]}
+        tokenizer = train(BUNDLE, "spad_tokenizer", data | strides, seconds, seed).method.trained
+        data["method#tokenizer"] = tokenizer
+    overrides = data | {
+        "img_size": [task.size] * 2, "patch_size": task.patch, "learning_rate": rate,
         "encoder#embed_dim": WIDTH, "encoder#depth": DEPTH, "encoder#num_heads": HEADS, **sizes,
     }  # fmt: skip
     if overlay in ("dinov2", "lejepa"):
@@ -179,7 +191,8 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     trained = run.method.eval()
     if isinstance(trained, PeersMAE):
         return run, trained.embed
-    return run, Embedder(trained.trained).eval()
+    embedder = Embedder(trained.trained).eval()
+    return run, lambda images: embedder(F.interpolate(images, (task.size, task.size), mode="bilinear"))
 
 
 def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds: float) -> dict[str, Any]:
