@@ -10,6 +10,7 @@ from biovfm_monai.checkpoints.eva02 import from_eva02
 from biovfm_monai.checkpoints.export import export
 from biovfm_monai.checkpoints.huggingface import from_huggingface, to_huggingface
 from biovfm_monai.checkpoints.inflation import inflate, with_channels
+from biovfm_monai.checkpoints.lpips import load_lpips
 from biovfm_monai.checkpoints.mae import from_mae
 from biovfm_monai.checkpoints.mocov3 import from_mocov3
 from biovfm_monai.checkpoints.monai import from_monai, to_monai
@@ -21,6 +22,6 @@ from biovfm_monai.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 __all__ = [
     "build_encoder", "convert", "encoder_info", "export", "from_biovfm", "from_dino", "from_dinov2", "from_dinov3",
     "from_eva02", "from_huggingface", "from_mae", "from_mocov3", "from_monai", "from_pumit", "from_timm", "inflate",
-    "load_encoder", "load_tokenizer", "read_weights", "save_embedder", "save_encoder", "save_tokenizer", "to_dinov2",
-    "to_huggingface", "to_monai", "to_pumit", "to_timm", "with_channels",
+    "load_encoder", "load_lpips", "load_tokenizer", "read_weights", "save_embedder", "save_encoder", "save_tokenizer",
+    "to_dinov2", "to_huggingface", "to_monai", "to_pumit", "to_timm", "with_channels",
 ]  # fmt: skip

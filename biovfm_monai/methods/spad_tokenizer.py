@@ -34,8 +34,8 @@ class SPADTokenizer(SSLMethod):
     Args:
         encoder: the tokenizer; weights are published for images in [-1, 1].
         discriminator: None leaves the adversarial term out.
-        perceptual: maps images, B x C x H x W, to a list of feature maps, such as `EncoderFeatures`; frozen here. None
-            leaves the term out.
+        perceptual: maps images, B x C x H x W, to a list of feature maps, whose squared distance counts, such as
+            `EncoderFeatures` and `LPIPSFeatures`; frozen here. None leaves the term out.
         perceptual_weight, usage_weight, entropy_weight, adversarial_weight: of the terms beside the L1 distance.
         gate: the adversarial term counts while the discriminator's loss, now and on average, is not above this.
         gate_momentum: of that average.

@@ -12,6 +12,7 @@ from biovfm_monai.networks.adaptive import (
 from biovfm_monai.networks.blocks import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
 from biovfm_monai.networks.features import EncoderFeatures
 from biovfm_monai.networks.heads import Embedder
+from biovfm_monai.networks.lpips import LPIPSFeatures
 from biovfm_monai.networks.masking import block_mask, random_mask, take_tokens
 from biovfm_monai.networks.packing import encode_packed, encode_together
 from biovfm_monai.networks.patch_embed import PatchEmbed, Patches, patchify, unpatchify
@@ -33,10 +34,10 @@ from biovfm_monai.networks.vit import ViT
 
 __all__ = [
     "AdaptiveConv3d", "AdaptiveConvTranspose3d", "Attention", "Block", "DropPath", "Embedder", "EncoderFeatures",
-    "LayerScale", "Mlp", "PatchDiscriminator", "PatchEmbed", "Patches", "SoftTokenizer", "SwiGLU", "ViT",
-    "adaptive_downsample", "adaptive_upsample", "anisotropy_of", "block_mask", "draw_anisotropy", "encode_packed",
-    "encode_together", "halved", "interpolate_grid", "patchify", "pending", "random_mask", "rotary_angles", "rotate",
-    "sincos_positions",
-    "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large", "spad_vit_small", "spad_vit_tiny", "take_tokens",
-    "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small", "vit_tiny",
+    "LPIPSFeatures", "LayerScale", "Mlp", "PatchDiscriminator", "PatchEmbed", "Patches", "SoftTokenizer", "SwiGLU",
+    "ViT", "adaptive_downsample", "adaptive_upsample", "anisotropy_of", "block_mask", "draw_anisotropy",
+    "encode_packed", "encode_together", "halved", "interpolate_grid", "patchify", "pending", "random_mask",
+    "rotary_angles", "rotate", "sincos_positions", "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large",
+    "spad_vit_small", "spad_vit_tiny", "take_tokens", "unpatchify", "vit_base", "vit_huge", "vit_large", "vit_small",
+    "vit_tiny",
 ]  # fmt: skip

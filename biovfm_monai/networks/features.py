@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from biovfm_monai.networks.vit import ViT
 
@@ -29,5 +30,5 @@ class EncoderFeatures(nn.Module):
         return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Map B x C x H x W to B x embed_dim x grid per block; gradients flow to the image."""
-        return self.encoder.features(image, self.blocks)
+        """Map B x C x H x W to B x embed_dim x grid per block, vectors of unit length; gradients flow to the image."""
+        return [F.normalize(x.float(), dim=1) for x in self.encoder.features(image, self.blocks)]

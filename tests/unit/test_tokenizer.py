@@ -274,16 +274,24 @@ def test_without_discriminator_and_perceptual_network_their_terms_are_left_out()
     assert out.keys() == {"loss", "l1", "usage", "entropy"}
 
 
-def test_the_perceptual_distance_is_that_of_unit_vectors_summed_over_layers():
+def test_the_perceptual_distance_is_that_of_feature_vectors_summed_over_layers():
     one, other = ([torch.randn(2, 3, 4, 5), torch.randn(2, 6, 2, 2)] for _ in range(2))
     expected = 0.0
     for f, g in zip(one, other, strict=True):
         cells = [(b, y, x) for b in range(2) for y in range(f.shape[2]) for x in range(f.shape[3])]
         for b, y, x in cells:
-            u, v = f[b, :, y, x], g[b, :, y, x]
-            expected += ((u / u.norm() - v / v.norm()) ** 2).sum().item() / len(cells)
+            expected += ((f[b, :, y, x] - g[b, :, y, x]) ** 2).sum().item() / len(cells)
     assert perceptual_loss(one, other).item() == pytest.approx(expected, rel=1e-5)
     assert perceptual_loss(one, one) == 0
+
+
+def test_of_an_encoder_vectors_of_unit_length_are_compared():
+    vit, image = encoder((16, 24)), torch.randn(2, 1, 16, 24)
+    maps = EncoderFeatures(vit, blocks=[0, 2])(image)
+    for found, raw in zip(maps, vit.features(image, [0, 2]), strict=True):
+        for b, y, x in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 3))).tolist():
+            vector = raw[b, :, 0, y, x]
+            torch.testing.assert_close(found[b, :, 0, y, x], vector / vector.square().sum().sqrt())
 
 
 def seen_slices(method, data):
@@ -315,8 +323,7 @@ def test_the_perceptual_term_is_that_of_the_slices_and_only_the_tokenizer_learns
     net = method.encoder
     decoded = net.decode(net(data["image"], 0).softmax(1), 0)
     slices = [x.transpose(1, 2).flatten(0, 1) for x in (decoded, data["image"])]
-    maps = [features.encoder.features(x, [0, 2]) for x in slices]
-    torch.testing.assert_close(out["perceptual"], perceptual_loss(*maps))
+    torch.testing.assert_close(out["perceptual"], perceptual_loss(*map(features, slices)))
     out["perceptual"].backward()
     assert net.codebook.grad.any()
     assert all(p.grad is None and not p.requires_grad for p in features.parameters())
