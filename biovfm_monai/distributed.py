@@ -1,4 +1,4 @@
-"""Ranks, process groups and the launcher's environment; the only file that knows of them.
+"""Ranks, process groups, the launcher's environment and signals; the only file that knows of them.
 
 Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed.
 """
@@ -6,7 +6,12 @@ Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) an
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ignite.distributed as idist
@@ -16,11 +21,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "barrier", "device", "finalize", "gather", "initialize", "is_main", "mean", "most", "parallel", "rank",
-    "total", "world_size",
+    "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "heeding_signals", "initialize", "is_main",
+    "leave_unfinished", "mean", "most", "parallel", "rank", "total", "world_size",
 ]  # fmt: skip
 
+RESTART = 75
+"""Exit status of a run that a signal ended and that is to be started again (EX_TEMPFAIL of sysexits.h)."""
+
 _PAUSE = 0.2
+_asked, _unfinished = threading.Event(), threading.Event()
 
 
 def initialize() -> None:
@@ -35,7 +44,11 @@ def initialize() -> None:
 
 
 def finalize() -> None:
-    """Leave the process group, if there is one, once every process is here."""
+    """Leave the process group, if there is one, once every process is here.
+
+    Raises:
+        SystemExit: with the status `RESTART`, when a signal has ended the run (`leave_unfinished`).
+    """
     if dist.is_initialized():
         # A Gloo thread that still holds the last tensors needs Python's lock to let go of them, and would never get it
         # once the group, or a DDP that keeps it, waits for that thread. Waiting for the other processes frees the lock,
@@ -43,6 +56,44 @@ def finalize() -> None:
         dist.barrier()
         time.sleep(_PAUSE)
         dist.destroy_process_group()
+    if _unfinished.is_set():
+        _unfinished.clear()
+        sys.exit(RESTART)
+
+
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Note SIGTERM and SIGUSR1 for `asked_to_stop` instead of dying of them; a second one does what it did before.
+
+    Schedulers send them some time before they take a machine away. In another thread than the main one, which Python
+    gives no signals, nothing changes.
+    """
+    _asked.clear()
+    _unfinished.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, _: Any) -> None:
+        _asked.set()
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_unfinished() -> None:
+    """Have `finalize` end this process with the status `RESTART`."""
+    _unfinished.set()
+
+
+def asked_to_stop(device: torch.device | str) -> Tensor:
+    """Whether a signal has come to any process, 0 or 1; all processes call it, and get the same at the same step."""
+    return most(torch.full((), float(_asked.is_set()), device=device))
 
 
 def device() -> torch.device:

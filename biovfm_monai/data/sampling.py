@@ -16,8 +16,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Numbers 0, 1, 2, ... in batches, each process and accumulation step taking its share of the global batch.
 
     A dataset that draws from the number alone (`RandomCropDataset`) then gives the same images in the same order on
-    one process or many. Each iteration starts at number `samples_seen`, which the trainer sets; it is all the state
-    that a run needs to continue where it was.
+    one process or many. Each iteration starts at number `samples_seen`, which the trainer sets, and ends with the
+    epoch; it is all the state that a run needs to continue where it was.
 
     Args:
         batch_size: images per optimizer step, over all processes and accumulation steps.
@@ -53,7 +53,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """Yield this process's numbers, one micro-batch at a time."""
         world, rank, begin = distributed.world_size(), distributed.rank(), self.samples_seen
         micro = self.batch_size // (world * self.accumulation_steps)
-        for step in range(self.steps_per_epoch):
+        for step in range(self.steps_per_epoch - begin // self.batch_size % self.steps_per_epoch):
             first = begin + step * self.batch_size
             for part in range(self.accumulation_steps):
                 start = first + (part * world + rank) * micro

@@ -18,11 +18,14 @@ __all__ = ["StateHandler"]
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("latest.pt", "previous.pt")
+_STOPPED, *_AT_EPOCHS = _NAMES = "stopped.pt", "latest.pt", "previous.pt"
 
 
 class StateHandler:
-    """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`.
+    """Keep a run's newest state in `latest.pt` and the one before in `previous.pt`, as they were at ends of epochs.
+
+    A run that a signal ends leaves `stopped.pt`, too, as it was after its last step. With a `GlobalBatchSampler` it
+    goes on from there as if nothing had been; other loaders begin their epoch again.
 
     A state holds the method (teacher and heads too), the optimizer, the loss scaler, how far the run is, and attributes
     of `engine.state` that other handlers have named in `engine.state_dict_user_keys`; schedules, data order and random
@@ -49,6 +52,7 @@ class StateHandler:
         # Before all other handlers: they look at where the run is.
         engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        engine.add_event_handler(Events.TERMINATE, self._save_stopped)
 
     def rewind(self, engine: PretrainingTrainer) -> bool:
         """Let a run go back to its newest state once this iteration is complete.
@@ -59,7 +63,7 @@ class StateHandler:
         Returns:
             Whether there is a state; without one, nothing happens.
         """
-        found = float(distributed.is_main() and bool(self._paths()))
+        found = float(distributed.is_main() and any((self.folder / name).exists() for name in _AT_EPOCHS))
         self._rewinding = bool(distributed.most(torch.tensor(found, device=engine.state.device)))
         if self._rewinding:
             engine.begin_again()
@@ -69,26 +73,26 @@ class StateHandler:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
         if not (due and distributed.is_main()):
             return
-        state = {
-            "method": engine.method.state_dict(),
-            "optimizer": engine.optimizer.state_dict(),
-            "loss_scaler": engine.loss_scaler.state_dict(),
-            "step": engine.step,
-            "samples_seen": engine.samples_seen,
-            "epoch": engine.state.epoch,
-            "kept": {name: getattr(engine.state, name) for name in engine.state_dict_user_keys},
-        }
         latest = self.folder / "latest.pt"
         with write_atomically(latest) as draft:
-            torch.save(state, draft)
+            torch.save(_state_of(engine), draft)
             if latest.exists():
                 latest.replace(self.folder / "previous.pt")
+        (self.folder / _STOPPED).unlink(missing_ok=True)
+
+    def _save_stopped(self, engine: PretrainingTrainer) -> None:
+        if engine.stopped and distributed.is_main():
+            with write_atomically(self.folder / _STOPPED) as draft:
+                torch.save(_state_of(engine), draft)
+            logger.warning("a signal stopped the run after step %d: go on with --resume True", engine.step)
 
     def _load(self, engine: PretrainingTrainer) -> None:
-        resume, self._rewinding = self.resume or self._rewinding, False
+        resume, rewinding, self._rewinding = self.resume or self._rewinding, self._rewinding, False
         # One process decides which state it is, before the others look.
         if distributed.is_main():
             require_writable(self.folder)
+            if rewinding:
+                (self.folder / _STOPPED).unlink(missing_ok=True)
             if resume:
                 self._set_damaged_aside()
             else:
@@ -129,8 +133,9 @@ class StateHandler:
             engine.method.load_state_dict(state["method"])
             engine.optimizer.load_state_dict(state["optimizer"])
             engine.loss_scaler.load_state_dict(state["loss_scaler"])
-            engine.state.iteration, engine.state.epoch = state["step"] * engine.accumulation_steps, state["epoch"]
-            samples_seen = state["samples_seen"]
+            engine.state.iteration = state["step"] * engine.accumulation_steps
+            engine.state.epoch = state["epoch"]
+            samples_seen, steps_per_epoch = state["samples_seen"], state["steps_per_epoch"]
             for name in {*engine.state_dict_user_keys} & state.get("kept", {}).keys():
                 setattr(engine.state, name, state["kept"][name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -139,10 +144,27 @@ class StateHandler:
                 f"{path}: is the state of another configuration ({reason[:300]}). Resume with the configuration it was "
                 "made with, or start anew with --resume False."
             ) from error
-        whole_epochs = engine.state.iteration == engine.state.epoch * engine.state.epoch_length
-        if not whole_epochs or engine.samples_seen != samples_seen:
+        if _steps_per_epoch(engine) != steps_per_epoch or engine.samples_seen != samples_seen:
             raise InputError(
                 f"{path}: was made with another batch_size or steps_per_epoch ({samples_seen} images in "
-                f"{state['epoch']} epochs). Resume with the same ones, or start anew with --resume False."
+                f"{state['step']} steps, {steps_per_epoch} per epoch). Resume with the same ones, or start anew with "
+                "--resume False."
             )
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)
+
+
+def _state_of(engine: PretrainingTrainer) -> dict[str, Any]:
+    return {
+        "method": engine.method.state_dict(),
+        "optimizer": engine.optimizer.state_dict(),
+        "loss_scaler": engine.loss_scaler.state_dict(),
+        "step": engine.step,
+        "epoch": engine.step // _steps_per_epoch(engine),
+        "steps_per_epoch": _steps_per_epoch(engine),
+        "samples_seen": engine.samples_seen,
+        "kept": {name: getattr(engine.state, name) for name in engine.state_dict_user_keys},
+    }
+
+
+def _steps_per_epoch(engine: PretrainingTrainer) -> int:
+    return int(engine.state.epoch_length) // engine.accumulation_steps

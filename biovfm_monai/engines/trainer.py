@@ -44,7 +44,8 @@ class PretrainingTrainer(SupervisedTrainer):
     Differs from its parent where self-supervision needs it: the network returns its own loss; autocast follows the
     device (bf16 on CPU and GPU, fp16 with a loss scaler on GPU); gradients are clipped after unscaling; schedules move
     once per optimizer step; the method is told of each step; every iteration draws its random numbers from its own
-    seed, so that a resumed run repeats what an undisturbed one does; a loss that is not finite ends the run.
+    seed, so that a resumed run repeats what an undisturbed one does; a loss that is not finite ends the run; SIGTERM
+    and SIGUSR1 end it after a step, with `stopped` set, so that handlers of `Events.TERMINATE` can write where it is.
 
     Args:
         device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
@@ -97,7 +98,9 @@ class PretrainingTrainer(SupervisedTrainer):
         self.clip_norm = clip_norm
         self.schedules = dict(schedules or {})
         self.seed = seed
+        self.stopped = False
         self._unchecked: deque[tuple[int, Tensor]] = deque()
+        self._asked: deque[Tensor] = deque()
         self._again = False
         super().__init__(
             device=device,
@@ -120,10 +123,11 @@ class PretrainingTrainer(SupervisedTrainer):
 
     def run(self) -> None:
         """Train to the end, beginning again as often as a handler asks for it by `begin_again`."""
-        self._again = True
-        while self._again:
-            self._again = False
-            super().run()
+        self._again, self.stopped = True, False
+        with distributed.heeding_signals():
+            while self._again:
+                self._again = False
+                super().run()
 
     def begin_again(self) -> None:
         """End the run after this iteration, and let it begin again where handlers of `Events.STARTED` put it."""
@@ -181,6 +185,11 @@ class PretrainingTrainer(SupervisedTrainer):
         self._check_losses(0 if loss.device.type == "cpu" or epoch_ends else 1)
         norm = self._optimizer_step() if steps_now else None
         shown = output if norm is None else {**output, "gradient_norm": norm}
+        # What happens at the end of an epoch is not left out: the run then stops one step later.
+        if steps_now and self._asked_to_stop() and not epoch_ends:
+            self.stopped = True
+            distributed.leave_unfinished()
+            self.terminate(skip_completed=True)
         self.state.output = [{name: x.detach() if isinstance(x, Tensor) else x for name, x in shown.items()}]
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output
@@ -207,6 +216,11 @@ class PretrainingTrainer(SupervisedTrainer):
         if self.loss_scaler.get_scale() >= scale:
             self.method.after_step(self.step / self.total_steps)
         return norm
+
+    def _asked_to_stop(self) -> bool:
+        """Whether all processes are to stop now; on a GPU by what was asked one step ago, so as not to wait for it."""
+        self._asked.append(distributed.asked_to_stop(self.state.device))
+        return len(self._asked) > (self.state.device.type != "cpu") and bool(self._asked.popleft())
 
     def _check_losses(self, leave: int) -> None:
         """Raise NonFiniteLossError if a loss is not finite, the newest `leave` of them not looked at yet."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from processes import TORCHRUN, call
 
+from biovfm_monai import distributed
+
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 ENCODER = str(Path(__file__).with_name("spatially_adaptive.py"))
 
@@ -116,6 +118,17 @@ def test_a_run_stopped_on_one_process_goes_on_with_two(alone, tmp_path):
     assert begun["numbers"] + sorted(first["numbers"] + second["numbers"]) == list(range(80))
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
     assert len(losses(tmp_path)) == 10
+
+
+@pytest.mark.xdist_group("distributed")
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(alone, tmp_path):
+    with pytest.raises(AssertionError, match=f"exitcode  *: {distributed.RESTART}"):
+        launch(2, tmp_path, resume="signalled")
+    begun = [json.loads((tmp_path / f"rank{rank}.json").read_text())["numbers"] for rank in (0, 1)]
+    assert sorted(sum(begun, [])) == list(range(7 * 8))
+    goes_on = launch(1, tmp_path, resume="resume")[0]
+    assert goes_on["numbers"] == list(range(7 * 8, 80))
+    torch.testing.assert_close(torch.tensor(goes_on["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.xdist_group("distributed")

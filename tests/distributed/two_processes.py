@@ -1,6 +1,8 @@
 """Run under torchrun or alone: train a method without randomness on a global batch of 8, write what came out."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +56,9 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
         ],
     )  # fmt: skip
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == int(epochs) and e.terminate())
+    if resume == "signalled" and distributed.rank() == 1:
+        # Only one of the processes gets it.
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=7), lambda _: os.kill(os.getpid(), signal.SIGTERM))
     trainer.run()
     result = {"numbers": method.numbers, "weights": torch.cat([p.flatten() for p in method.parameters()]).tolist()}
     with Path(out, f"rank{distributed.rank()}.json").open("w") as file:

@@ -16,6 +16,7 @@ from monai.engines import SupervisedTrainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines import (
     PretrainingTrainer,
@@ -175,16 +176,77 @@ def test_a_precision_that_cannot_be_had_is_refused(precision, message):
         trainer(Line(), precision=precision)
 
 
-def run_epochs(folder, epochs, total, resume):
+def run_epochs(folder, epochs, total, resume, accumulation=1, events=()):
     method = mae()
     optimizer = torch.optim.AdamW(parameter_groups(method), lr=1e-2)
     engine = trainer(
-        method, total, optimizer=optimizer, schedules={"lr": WarmupCosine(1e-2)}, seed=7,
+        method, total, accumulation=accumulation, optimizer=optimizer, schedules={"lr": WarmupCosine(1e-2)}, seed=7,
         train_handlers=[StateHandler(folder, resume=resume), ProgressHandler(folder / "log.jsonl", interval=1)],
     )  # fmt: skip
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == epochs and e.terminate())
+    for event, handler in events:
+        engine.add_event_handler(event, handler)
     engine.run()
     return method
+
+
+def of_log(folder):
+    return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "log.jsonl").open())]
+
+
+@pytest.mark.parametrize(
+    ("iteration", "number", "accumulation", "stops"),
+    [(1, signal.SIGTERM, 1, 1), (5, signal.SIGUSR1, 1, 5), (6, signal.SIGTERM, 1, 7), (3, signal.SIGTERM, 2, 2),
+     (12, signal.SIGUSR1, 2, 7)],
+)  # fmt: skip
+def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(tmp_path, iteration, number, accumulation, stops):
+    sends = Events.ITERATION_STARTED(once=iteration), lambda _: os.kill(os.getpid(), number)
+    expected = run_epochs(tmp_path / "whole", 4, 4, False, accumulation)
+    before = signal.getsignal(number)
+    run_epochs(tmp_path / "parts", 4, 4, False, accumulation, [sends])
+    assert signal.getsignal(number) == before
+    state = torch.load(tmp_path / "parts/stopped.pt", weights_only=True)
+    assert (state["step"], state["epoch"]) == (stops, stops // 3)
+    with pytest.raises(SystemExit, match=str(distributed.RESTART)):
+        distributed.finalize()
+    resumed = run_epochs(tmp_path / "parts", 4, 4, True, accumulation)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert of_log(tmp_path / "whole") == of_log(tmp_path / "parts")
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*.pt")) == ["latest.pt", "previous.pt"]
+    distributed.finalize()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
+    sends = Events.ITERATION_STARTED(once=3), lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    run_epochs(tmp_path, 1, 1, False, 1, [sends])
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["latest.pt"]
+    distributed.finalize()
+
+
+def test_a_second_signal_does_what_it_always_does(tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    sends = Events.ITERATION_STARTED(once=2), lambda _: [os.kill(os.getpid(), signal.SIGUSR1) for _ in range(2)]
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_epochs(tmp_path, 1, 1, False, 1, [sends])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_damaged_state_of_a_stopped_run_falls_back_to_the_end_of_the_epoch_before(tmp_path, caplog):
+    sends = Events.ITERATION_STARTED(once=5), lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    expected = run_epochs(tmp_path / "whole", 4, 4, False)
+    run_epochs(tmp_path / "parts", 4, 4, False, 1, [sends])
+    stopped = tmp_path / "parts/stopped.pt"
+    stopped.write_bytes(stopped.read_bytes()[:1000])
+    resumed = run_epochs(tmp_path / "parts", 4, 4, True)
+    assert "stopped.pt is damaged" in caplog.text
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path):
