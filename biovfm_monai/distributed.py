@@ -78,7 +78,7 @@ def heeding_signals() -> Iterator[None]:
         _asked.set()
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before: dict[int, Any] = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
