@@ -34,10 +34,10 @@ def as_floats(in_channels, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Colour, grey and 16-bit images, four of each."""
-    root = tmp_path_factory.mktemp("images")
+    root = tmp_path_factory.mktemp("eight_bits") / "images"
     rng = np.random.default_rng(0)
     for name, shape in (("dermoscopy", (40, 44, 3)), ("oct", (40, 44))):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for number in range(4):
             write_png(root / name / f"{number}.png", rng.integers(0, 256, shape, np.uint8))
     (root / "ct").mkdir()
