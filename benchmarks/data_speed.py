@@ -1,6 +1,6 @@
 """Random crops per second from a store, and from what else keeps images on disk or in memory.
 
-    python benchmarks/data_speed.py [--volumes 12] [--images 120] [--rounds 3]
+    python benchmarks/data_speed.py [--volumes 12] [--images 120] [--rounds 3] [--batches]
 
 Volumes are 256 x 256 x 256 voxels of 16 bits in .nii.gz, crops 96 x 96 x 96: a brain that nilearn ships, at that size,
 with the noise of a scanner. Images are 512 x 512 pixels of colour in .png, crops 224 x 224: photographs of skin, tissue
@@ -9,6 +9,9 @@ float16 between 0 and 1; each runs in a process of its own, one after the other 
 the files were dropped from the system's cache, "warm" the second. Memory is the peak over what a process held before.
 Time to the first crop includes what a contestant prepares before it, such as filling its cache: PersistentDataset and
 LMDBDataset are timed with their files written already, and so is the store.
+
+With --batches only ours is timed, in batches of 32 as a worker of a DataLoader makes them: the processor's time per
+crop, and then with one view of each, made on the same core.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from monai.data import CacheDataset, Dataset, LMDBDataset, MetaTensor, PersistentDataset
+from monai.data import CacheDataset, DataLoader, Dataset, LMDBDataset, MetaTensor, PersistentDataset
 from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, Orientationd, ScaleIntensityRanged
 from PIL import Image
 from scipy.ndimage import zoom
 from skimage import data as photographs
+from torch.utils.data import Subset
 
-from biovfm_monai.data import RandomCropDataset, Store, find_images, pack, training_transform
+from biovfm_monai.data import RandomCropDataset, RandomResizedCrop, Store, find_images, pack, training_transform
 
 Read = Callable[[int], Any]
 WINDOW = (-1000.0, 1000.0)
@@ -187,19 +191,47 @@ def race(name: str, kind: str, folder: Path, count: int, pipe: Any) -> None:
     pipe.send((*rates, first, memory, checks[:4]))
 
 
+def batches(kind: str, folder: Path, count: int, rounds: int) -> None:
+    """Print what batches of ours cost, from a store and from files in memory."""
+    torch.set_num_threads(1)
+    size, channels = CROPS[kind], 1 if kind == "volumes" else 3
+    size = size if kind == "volumes" else size[1:]
+    view, cpu = RandomResizedCrop(size), torch.device("cpu")
+    for name, data in (("store", Store(folder / "store")), ("files in memory", find_images(folder / kind))):
+        crops = Subset(RandomCropDataset(data, training_transform(channels), size, batch_size=32), range(4 * count))
+        costs: list[list[float]] = [[], []]
+        for _ in range(rounds + 1):
+            for viewed, of in enumerate(costs):
+                begun = time.process_time()
+                for batch in DataLoader(crops, batch_size=32):
+                    if viewed:
+                        view(batch, cpu)
+                of.append(1e6 * (time.process_time() - begun) / len(crops))
+        alone, with_view = (statistics.median(of[1:]) for of in costs)
+        print(f"{kind} from {name}, {batch['image'].dtype}: {alone:.0f} us per crop, {with_view:.0f} with a view")
+
+
 def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--volumes", type=int, default=12)
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", action="store_true")
     arguments = parser.parse_args()
     for kind, write in (("volumes", write_volumes), ("images", write_images)):
+        count = getattr(arguments, kind)
+        if not count:
+            continue
         with tempfile.TemporaryDirectory() as name:
-            folder, count = Path(name), getattr(arguments, kind)
+            folder = Path(name)
             write(folder / kind / ("ct" if kind == "volumes" else "dermoscopy"), count)
-            prepare(kind, folder)
-            table(kind, folder, count, arguments.rounds)
+            if arguments.batches:
+                pack(folder / kind, folder / "store")
+                batches(kind, folder, count, arguments.rounds)
+            else:
+                prepare(kind, folder)
+                table(kind, folder, count, arguments.rounds)
 
 
 def table(kind: str, folder: Path, count: int, rounds: int) -> None:

@@ -10,6 +10,7 @@ from multiprocessing.dummy import DummyProcess
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.data import CacheDataset, MetaTensor
 from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from biovfm_monai.anisotropy import spacing_of
+from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store, StoredImage
@@ -41,7 +43,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
     Args:
         data: datalist items, or a `Store`, of which only what a crop shows is read.
-        transform: deterministic, item to sample with "image" C x depth x height x width; its results stay in memory.
+        transform: deterministic, item to sample with "image" C x depth x height x width, uint8 or floats in [0, 1]; its
+            results stay in memory. Of a store it is given crops, those of eight bits as uint8.
         crop_size: (height, width), cut from one slice, or (depth, height, width) of isotropic volumes.
         seed: of the order and of the crops' places.
         cache_rate: share of the images that is kept in memory; the others are read again for every crop.
@@ -110,8 +113,18 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Crop of the given number: {"image": C x crop, "modality": name, "key": of its random numbers (`uniform`)}.
 
-        Of volumes there is their degree of "anisotropy", too.
+        Of volumes there is their degree of "anisotropy", too. Images of eight bits come as float16, in [0, 1].
         """
+        return _floating(self._sample(number))
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The crops of a batch, as a DataLoader asks for them: uint8, which views scale, where all have eight bits."""
+        samples = [self._sample(number) for number in numbers]
+        if all(sample["image"].dtype == torch.uint8 for sample in samples):
+            return samples
+        return [_floating(sample) for sample in samples]
+
+    def _sample(self, number: int) -> dict[str, Any]:
         row = self._row(number)
         sample = self.images.picture(row) if isinstance(self.images, Store) else self.images[row]
         degree = int(self._degrees[row])
@@ -131,9 +144,10 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         box = target if self.zoom == (1, 1) else self._drawn_box(target, size, degree, _thickness(image), generator)
         start = generator.integers(size - box + 1)
         d, h, w = (slice(int(s), int(s) + int(n)) for s, n in zip(start, box, strict=True))
-        crop = image[:, d, h, w]
+        part = (slice(None), d, h, w)
+        crop = image.compact(part) if isinstance(image, StoredImage) else image[part]
         crop = crop.as_tensor() if isinstance(crop, MetaTensor) else crop
-        return crop if (box == target).all() else _resampled(crop, target)
+        return crop if (box == target).all() else _resampled(shares(crop), target)
 
     def _drawn_box(
         self,
@@ -207,6 +221,10 @@ def _columns_of_items(
     alike = np.array([item.get("alike", 1) for item in items], dtype=np.int32)
     everything = np.ones(len(items), dtype=bool)
     return _Columns(_column(items, "source"), _column(items, "modality"), alike, degrees, everything)
+
+
+def _floating(sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, "image": shares(sample["image"])}
 
 
 def _share(items: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:

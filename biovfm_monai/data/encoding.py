@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Encoded", "decode", "encode", "frame_of"]
+__all__ = ["SHARE", "Encoded", "decode", "eight_bits", "encode", "frame_of", "shares"]
 
 _LEVELS, _PROBE, _ROUNDING = 2**16, 1 << 16, 2e-6
+SHARE = 1 / 255
+"""What one grey level of eight bits counts."""
 
 
 class Encoded(NamedTuple):
@@ -39,7 +41,7 @@ def encode(image: NDArray[np.float32], eight_bit: bool) -> Encoded:
     """
     unit = bool(image.min() >= 0 and image.max() <= 1)
     if unit and eight_bit:
-        return Encoded(np.rint(image * 255).astype(np.uint8), 1 / 255, 0.0, True)
+        return Encoded(eight_bits(torch.from_numpy(image)).numpy(), SHARE, 0.0, True)
     steps = _steps(image) if unit else None
     if steps is None:
         return Encoded(image.astype(np.float16), 1.0, 0.0, unit)
@@ -91,6 +93,16 @@ def decode(numbers: NDArray[Any], scale: float, offset: float, unit: bool) -> Te
     if scale != 1 or offset != 0:
         values = values.mul_(scale).add_(offset)
     return values.clamp_(0, 1) if unit else values
+
+
+def eight_bits(image: Tensor) -> Tensor:
+    """Values in [0, 1] as whole numbers of eight bits, off by at most half a grey level."""
+    return (image * 255).round().byte()
+
+
+def shares(image: Tensor) -> Tensor:
+    """Whole numbers of eight bits as float16 in [0, 1]; floats as they are."""
+    return image.float().mul_(SHARE).half() if image.dtype == torch.uint8 else image
 
 
 def frame_of(encoded: Encoded, degree: int, spacing: Sequence[float]) -> bytes:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import CastToTyped, Compose, MapTransform, Resize, SpatialPad
+from monai.transforms import Compose, MapTransform, Resize, SpatialPad
 from torch import Tensor
 
 from biovfm_monai.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.data import modalities
+from biovfm_monai.data.encoding import eight_bits, shares
 from biovfm_monai.data.headers import APART
 from biovfm_monai.data.reading import ReadImaged
+from biovfm_monai.data.store import StoredImage
 from biovfm_monai.errors import InputError
 
 __all__ = [
@@ -116,6 +118,7 @@ class MatchChannelsd(MapTransform):
             if given == 1:
                 sample[key] = image.expand(self.in_channels, *image.shape[1:])
             elif given == 3 and self.in_channels == 1:
+                image = shares(image)
                 weights = torch.tensor(_LUMINANCE, dtype=image.dtype).view(-1, *[1] * (image.ndim - 1))
                 sample[key] = (image * weights).sum(0, keepdim=True)
             else:
@@ -197,19 +200,32 @@ def training_transform(
     keys: KeysCollection = ("image",),
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Compose:
-    """Datalist item to float16 C x depth x height x width in [0, 1].
+    """Datalist item to C x depth x height x width: uint8 where it came in eight bits, else float16 in [0, 1].
 
-    spacing and presets are those of `ByModalityd`.
+    spacing and presets are those of `ByModalityd`. Colours that become grey are float16.
     """
-    return Compose(
-        [
-            ReadImaged(keys),
-            ByModalityd(keys, spacing, presets),
-            # In this order grey images are kept once in memory, not once per channel.
-            CastToTyped(keys, dtype=torch.float16),
-            MatchChannelsd(keys, in_channels),
-        ]
-    )
+    # In this order grey images are kept once in memory, not once per channel.
+    return Compose([_Compactd(keys, ByModalityd(keys, spacing, presets)), MatchChannelsd(keys, in_channels)])
+
+
+class _Compactd(MapTransform):
+    """Read and prepare images; what came in eight bits is in eight again, as `pack` stores it, all else float16."""
+
+    def __init__(self, keys: KeysCollection, prepare: ByModalityd) -> None:
+        super().__init__(keys)
+        self.read, self.prepare = ReadImaged(keys), prepare
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        raw = self.read(data)
+        sample = self.prepare(raw)
+        for key in self.key_iterator(sample):
+            image, given = sample[key], data[key]
+            eight_bit = given.eight_bit if isinstance(given, StoredImage) else raw[key].dtype == torch.uint8
+            if image.dtype != torch.uint8:
+                within = eight_bit and image.min() >= 0 and image.max() <= 1
+                # Files of colours have them last, and crops of that are copied ten times as slowly.
+                sample[key] = (eight_bits(image) if within else image.half()).contiguous()
+        return sample
 
 
 def encoder_transform(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biovfm_monai.data.encoding import shares
+
 __all__ = ["sampled"]
 
 
@@ -20,7 +22,8 @@ def sampled(image: Tensor, maps: Tensor, axes: list[Tensor]) -> Tensor:
     Returns:
         float32, V B x C x D x H x W.
     """
-    image = _as_float(image).flatten(2, 5 - len(axes))
+    # As float16 in between, which a batch with other images is in: a view must not depend on what else there is.
+    image = shares(image).float().flatten(2, 5 - len(axes))
     grid = _grid(maps.to(image.device, non_blocking=True), axes)
     # Only what is turned shows what lies beyond the source, whose mirror image torch's own mode gives more slowly.
     reach = (maps[:, :, :-1].abs().sum(2) + maps[:, :, -1].abs()).amax()
@@ -53,7 +56,3 @@ def _grid(maps: Tensor, axes: list[Tensor]) -> Tensor:
         parts[0] = parts[0] + maps[:, row, -1].view(-1, *[1] * len(size))
         torch.add(sum(parts[1:-1], parts[0]), parts[-1], out=grid[..., row])
     return grid
-
-
-def _as_float(image: Tensor) -> Tensor:
-    return image.float().div_(255) if image.dtype == torch.uint8 else image.float()

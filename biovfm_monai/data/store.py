@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from biovfm_monai.data.encoding import decode
+from biovfm_monai.data.encoding import SHARE, decode
 from biovfm_monai.data.headers import readable
 from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
@@ -50,14 +50,21 @@ class StoredImage:
             self._meta = self._array.schunk.meta["image"]
         self.shape = torch.Size(self._array.shape)
         self.dtype: np.dtype = self._array.dtype
+        self.eight_bit = self.dtype == np.uint8 and (self._meta["scale"], self._meta["offset"]) == (SHARE, 0)
         self.spacing: list[float] = self._meta["spacing"]
         self._path = path
 
     def __getitem__(self, box: Any) -> Tensor:
         """The values of a box, float32."""
+        return decode(self._numbers(box), self._meta["scale"], self._meta["offset"], self._meta["unit"])
+
+    def compact(self, box: Any) -> Tensor:
+        """The values of a box: uint8 of what came in eight bits, else float32."""
+        return torch.from_numpy(self._numbers(box)) if self.eight_bit else self[box]
+
+    def _numbers(self, box: Any) -> NDArray[Any]:
         with readable(self._path, "an image cannot be decoded"):
-            numbers = self._array[box]
-        return decode(numbers, self._meta["scale"], self._meta["offset"], self._meta["unit"])
+            return self._array[box]
 
     def whole(self) -> MetaTensor:
         """All of it, with its spacing."""

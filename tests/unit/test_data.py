@@ -308,14 +308,15 @@ def test_a_large_photo_shrinks_to_512_on_its_shorter_side(tmp_path):
     assert preset("fundus", write_png(tmp_path / "a.png", np.zeros((600, 900), np.uint8))).shape == (1, 1, 512, 768)
 
 
-def test_every_sample_image_becomes_half_precision_within_unit_range(samples):
-    transform = training_transform(1)
-    images = {item["image"]: transform(item)["image"] for item in load_datalist(samples)}
-    wrong = {
-        name: (image.dtype, tuple(image.shape))
-        for name, image in images.items()
-        if image.dtype != torch.float16 or image.ndim != 4 or image.min() < 0 or image.max() > 1 or image.std() == 0
-    }
+def test_every_sample_image_keeps_its_eight_bits_or_becomes_half_precision_within_unit_range(samples):
+    transform = training_transform(3)
+    wrong = {}
+    for item in load_datalist(samples):
+        image, eight_bit = transform(item)["image"], read_image(item["image"]).dtype == torch.uint8
+        dtype, largest = (torch.uint8, 255) if eight_bit else (torch.float16, 1)
+        within = 0 <= image.min() < image.max() <= largest
+        if image.dtype != dtype or image.ndim != 4 or not within:
+            wrong[item["image"]] = image.dtype, tuple(image.shape)
     assert wrong == {}
 
 
