@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 __all__ = [
-    "CollapseError", "InputError", "NonFiniteLossError", "reason_of", "report_input_errors", "require_pair",
-    "require_within",
+    "CollapseError", "InputError", "NonFiniteLossError", "is_input_error", "reason_of", "report_input_errors",
+    "require_pair", "require_within",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,11 @@ def _message(error: BaseException | None) -> str | None:
             return worker.group(1)
         error = error.__cause__
     return None
+
+
+def is_input_error(error: BaseException | None) -> bool:
+    """Whether an `InputError` is among the causes of an error, itself included."""
+    return error is not None and (isinstance(error, InputError) or is_input_error(error.__cause__))
 
 
 def reason_of(error: BaseException) -> str:

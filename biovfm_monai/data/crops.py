@@ -23,13 +23,14 @@ from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store, StoredImage
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, is_input_error, reason_of
 
 __all__ = ["RandomCropDataset"]
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1024
+_ATTEMPTS, _SOME_UNREADABLE, _MOST_UNREADABLE = 100, 10, 0.01
 _NEARLY, _SHARE, _STRETCH = 1.5, 0.3, 1.25
 
 
@@ -40,6 +41,9 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     the same (`Mixture`). With a crop_size of three numbers images of all degrees of anisotropy are mixed, as in PUMIT
     (https://github.com/function2-llx/PUMIT): a batch has one degree and one shape, thick slices are cut to fewer, and
     2D images, films, and volumes with fewer slices than the crop to one.
+
+    An image that cannot be read in the middle of a run is reported by name, and another one of its kind takes its
+    place, the same one in every run; those that are read in the beginning must all be good.
 
     Args:
         data: datalist items, or a `Store`, of which only what a crop shows is read.
@@ -58,7 +62,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         **mixing: temperature, source_weights and modality_weights of `Mixture`.
 
     Raises:
-        InputError: when there is no item, an image is too small, or a size, weight or share means nothing. Images of a
+        InputError: when there is no item, an image is too small, or a size, weight or share means nothing; later, when
+            more than one in a hundred images, and more than ten or half of a few, cannot be read any more. Images of a
             store that are too small are left out, with a warning.
     """
 
@@ -105,6 +110,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         size = batch_size if self.volumes else 1
         self._mixture = Mixture(source, modality, bucket, columns.alike[of], size, seed, **mixing)
         self._drawn = (-1, np.empty(0, dtype=np.int64))
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         """Images, that is crops per pass; numbers beyond it go on with the next pass."""
@@ -126,6 +132,32 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
     def _sample(self, number: int) -> dict[str, Any]:
         row = self._row(number)
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._sample_of(row, number)
+            except Exception as error:  # noqa: BLE001 - MONAI wraps what a transform raises
+                self._set_aside(row, error)
+            alike = np.flatnonzero(self._degrees == self._degrees[row])
+            alike = alike if self._rows is None else np.intersect1d(alike, self._rows)
+            # Of those that are known to be unreadable, too: other processes know others.
+            row = int(np.random.default_rng((self.seed, number, 2 + attempt)).choice(alike))
+        raise InputError(f"{_ATTEMPTS} images in a row cannot be read, see above. Repair or remove them.")
+
+    def _set_aside(self, row: int, error: Exception) -> None:
+        """Report an image that cannot be read; raise what is no such error, or when there are too many."""
+        most = max(_MOST_UNREADABLE * len(self), min(_SOME_UNREADABLE, len(self) // 2))
+        if most < 1 or not is_input_error(error):
+            raise error
+        if row not in self._unreadable:
+            self._unreadable.add(row)
+            logger.warning("another image takes the place of one that cannot be read: %s", reason_of(error))
+        if len(self._unreadable) > most:
+            raise InputError(
+                f"{len(self._unreadable)} of {len(self)} images cannot be read any more, the last one: "
+                f"{reason_of(error)} See to the disk, or pack the images anew."
+            ) from error
+
+    def _sample_of(self, row: int, number: int) -> dict[str, Any]:
         sample = self.images.picture(row) if isinstance(self.images, Store) else self.images[row]
         degree = int(self._degrees[row])
         crop = self._cut(sample["image"], degree, np.random.default_rng((self.seed, number, 1)))

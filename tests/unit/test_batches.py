@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import cause_of, write_nifti
+from image_files import cause_of, write_nifti, write_png
 from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch.utils.data import default_collate
@@ -54,6 +54,50 @@ def test_images_are_read_once_and_kept_in_memory(tmp_path, monkeypatch):
     for number in range(10):
         crops[number]
     assert len(read) == 1
+
+
+def photos(folder, count):
+    """Images of one grey level each, their number, read again for every crop."""
+    items = []
+    for number in range(count):
+        write_png(folder / f"{number}.png", np.full((9, 9), number, np.uint8))
+        items.append({"image": str(folder / f"{number}.png"), "modality": "xray"})
+    return RandomCropDataset(items, training_transform(1), (4, 4), cache_rate=0.0)
+
+
+def shown(crops):
+    return [int((255 * crop["image"].float()).round().unique()) for crop in crops]
+
+
+def test_an_image_that_breaks_in_the_middle_of_a_run_is_replaced_by_the_same_other_one_in_every_run(tmp_path, caplog):
+    crops = photos(tmp_path, 20)
+    whole = shown(crops[n] for n in range(60))
+    for broken in (3, 7):
+        (tmp_path / f"{broken}.png").write_bytes(b"broken")
+    found = shown(crops[n] for n in range(60))
+    assert len(caplog.records) == 2
+    assert all(str(tmp_path / f"{broken}.png") in caplog.text for broken in (3, 7))
+    assert [number for number, before in enumerate(whole) if before not in (3, 7)] == [
+        number for number, (before, after) in enumerate(zip(whole, found, strict=True)) if before == after
+    ]
+    assert not {3, 7} & set(found)
+    again = RandomCropDataset(crops.images.data, training_transform(1), (4, 4), cache_rate=0.0)
+    assert shown(again[n] for n in reversed(range(60))) == found[::-1]
+
+
+def test_too_many_images_that_break_end_the_run(tmp_path):
+    crops = photos(tmp_path, 6)
+    for broken in range(4):
+        (tmp_path / f"{broken}.png").unlink()
+    with pytest.raises(InputError, match=r"4 of 6 images cannot be read any more, the last one: .*\d\.png"):
+        [crops[n] for n in range(40)]
+
+
+def test_a_mistake_of_the_program_is_not_an_images_fault():
+    crops = RandomCropDataset([{}] * 6, lambda item: item["picture"], (4, 4), cache_rate=0.0)
+    with pytest.raises(RuntimeError) as caught:
+        crops[0]
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def _volume():
