@@ -164,7 +164,8 @@ class RandomResizedCrop:
         Values are in [0, 1], or whole numbers of eight bits.
 
         Raises:
-            InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume.
+            InputError: when a crop of several slices is to become a 2D view, or one of a single slice a volume, or an
+                image is of other whole numbers.
         """
         views = self.empty(image, len(drawn.maps) // max(len(image), 1), anisotropy)
         self.write(image, drawn, views)
@@ -172,6 +173,8 @@ class RandomResizedCrop:
 
     def empty(self, image: Tensor, several: int, anisotropy: int = 0) -> Tensor:
         """Room for several views of B images, several x B x C x (D) x H x W; errors as in `apply`."""
+        if not image.is_floating_point() and image.dtype != torch.uint8:
+            raise InputError(f"views do not know what {image.dtype} counts. Give numbers in [0, 1], or uint8.")
         if len(self.img_size) == 2:
             if image.shape[2] != 1:
                 raise InputError(

@@ -160,7 +160,7 @@ class PretrainingTrainer(SupervisedTrainer):
         """One micro-batch: forward and backward, and at the end of a group the optimizer's step.
 
         The output is a list of one dict, which is what MONAI's handlers take by default: the method's, and after a step
-        with clipping "gradient_norm", that of all gradients before it.
+        "gradient_norm", that of all gradients before they were clipped.
         """
         iteration = int(self.state.iteration)
         stream = np.random.SeedSequence((self.seed, iteration, distributed.rank()))
@@ -199,16 +199,17 @@ class PretrainingTrainer(SupervisedTrainer):
             return self.network.no_sync()
         return nullcontext()
 
-    def _optimizer_step(self) -> Tensor | None:
-        """Step, and return the norm of the gradients before they were clipped; None where they are not."""
-        norm = None
+    def _optimizer_step(self) -> Tensor:
+        """Step, and return the norm of the gradients before they were clipped."""
         for name, schedule in self.schedules.items():
             value = schedule((self.step - 0.5) / self.total_steps)
             for group in self.optimizer.param_groups:
                 group[name] = value * group.get(f"{name}_scale", 1.0)
+        self.loss_scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm is not None:
-            self.loss_scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, norm)
         scale = self.loss_scaler.get_scale()
         self.loss_scaler.step(self.optimizer)
         self.loss_scaler.update()

@@ -18,7 +18,6 @@ __all__ = ["koleo", "prototype_usage", "row_entropy", "sinkhorn", "soft_cross_en
 _LEAST = 1e-30
 
 
-@torch.no_grad()
 def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -> Tensor:
     """Share images out over prototypes, of which each gets as much (https://arxiv.org/abs/2006.09882).
 
@@ -30,7 +29,12 @@ def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -
     Returns:
         N x K, each row with a sum of 1; N may differ between processes, and be 0.
     """
-    scaled = scores.float() / temperature
+    # Autocast would make the products ones of half precision, in which their reciprocals overflow.
+    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+        return _sinkhorn(scores.float() / temperature, iterations)
+
+
+def _sinkhorn(scaled: Tensor, iterations: int) -> Tensor:
     # No row overflows, and all of them are weighed as if the largest score of all had been taken out.
     most = scaled.amax(dim=1)
     shares = scaled.sub_(most[:, None]).exp_()

@@ -82,6 +82,8 @@ class DINOv2(SSLMethod):
         if centering not in ("sinkhorn", "mean"):
             raise InputError(f"centering {centering!r} must be 'sinkhorn' or 'mean'. Give one of them.")
         require_within(0, whole=True, queue=queue)
+        if queue and centering == "mean":
+            raise InputError(f"centering 'mean' has no use for a queue, which is {queue}. Give queue 0, or 'sinkhorn'.")
         require_within(0, above=True, student_temp=student_temp, teacher_temp=teacher_temp)
         require_within(0, 1, momentum=momentum, mask_probability=mask_probability, freeze_last_layer=freeze_last_layer)
         require_within(0, 1, above=True, warmup=warmup)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai.anisotropy import anisotropy_of, spacing_of
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.networks.adaptive import AdaptiveConv3d, AdaptiveConvTranspose3d, halved, pending
 
 __all__ = ["PatchDiscriminator", "SoftTokenizer"]
@@ -179,5 +179,6 @@ def _check(widths: Sequence[int], strides: Sequence[int], num_codes: int, norm_g
         raise InputError(f"strides {list(strides)} must be powers of two, one for each of widths {list(widths)}.")
     if num_codes < 2:
         raise InputError(f"num_codes must be at least 2, got {num_codes}. Correct it.")
+    require_within(1, whole=True, norm_groups=norm_groups)
     if any(width % norm_groups for width in widths):
         raise InputError(f"norm_groups {norm_groups} must divide every one of widths {list(widths)}. Correct them.")

@@ -8,9 +8,9 @@ from methods import METHODS, SIZES, batch, encoder, of_rank
 from biovfm_monai import distributed
 
 
-def gradients(name, make):
+def gradients(name, make, size):
     torch.manual_seed(0)
-    method, data = make(encoder(SIZES["2D"])), batch(SIZES["2D"])
+    method, data = make(encoder(size)), batch(size)
     network = distributed.parallel(method, "cpu")
     found = {}
     for number in range(2):
@@ -31,7 +31,8 @@ def main(out: str) -> None:
     distributed.initialize()
     found = {}
     for name, make in METHODS.items():
-        found |= gradients(name, make)
+        for dims, size in SIZES.items():
+            found |= gradients(f"{name} {dims}", make, size)
     if distributed.is_main():
         torch.save(found, out)
     distributed.finalize()

@@ -61,14 +61,15 @@ def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-def test_bf16_autocast_gives_the_same_loss_to_its_precision(make, size):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_same_loss_to_its_precision(make, size, dtype):
     method = make(encoder(size))
     # Of four images batch norm would magnify the rounding to 3 % of the loss and more.
     data = batch(size, 32 if any(isinstance(module, BatchNorm) for module in method.modules()) else 4)
     torch.manual_seed(1)
     expected = copy.deepcopy(method)(data)["loss"]
     torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         loss = method(data)["loss"]
     loss.backward()
     assert loss.dtype is torch.float32
@@ -78,7 +79,8 @@ def test_bf16_autocast_gives_the_same_loss_to_its_precision(make, size):
 
 def trained(make, size, data, steps, states=None):
     """Train from the start, or from states; returns the losses, and the states at the end."""
-    torch.manual_seed(5)
+    # What goes on begins with other weights, prototypes and queues, all of which the state must replace.
+    torch.manual_seed(6 if states else 5)
     method = make(encoder(size))
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
     if states:
@@ -143,6 +145,6 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         # What batch norm takes out again, such as the offset of the norm before, has rounding errors for a gradient.
         scale = max(float(expected.abs().max()), 1e-3 * largest[name.rsplit(" ", 1)[0]])
         gap = float((two[name] - expected).abs().max()) / scale
-        if gap > 1e-3:
+        if gap > 3e-3:
             wrong.append((name, gap))
     assert wrong == []

@@ -60,6 +60,11 @@ def test_sinkhorn_uses_each_prototype_as_much_once_it_has_converged():
 def test_sinkhorn_stands_large_scores_and_half_precision():
     for dtype in (torch.float16, torch.bfloat16):
         assert sinkhorn((torch.randn(5, 7) * 1000).to(dtype), 0.04).isfinite().all()
+        scores = torch.randn(40, 60)
+        with torch.autocast("cpu", dtype=dtype):
+            shares = sinkhorn(scores, 0.04)
+        assert torch.equal(shares, sinkhorn(scores, 0.04))
+        torch.testing.assert_close(shares.sum(1), torch.ones(40))
 
 
 # Spreading out
@@ -226,6 +231,7 @@ def test_the_teachers_encoder_is_the_one_to_keep():
     [
         (lambda: dino(prototypes=1), r"prototypes 1 must be 2 or more"),
         (lambda: dino(queue=-1), r"queue -1 must be 0 or more\. Correct it"),
+        (lambda: dino(queue=20, centering="mean"), r"has no use for a queue, which is 20\. Give queue 0"),
         (lambda: dino(momentum=-1), r"momentum -1 must be 0 or more, and at most 1"),
         (lambda: dino(teacher_temp=(0.0, 0.07)), r"teacher_temp \(0.0, 0.07\) must be above 0"),
         (lambda: dino(student_temp=0), r"student_temp 0 must be above 0"),

@@ -75,11 +75,12 @@ def test_monai_sees_a_supervised_trainer():
     assert isinstance(trainer(Line()), SupervisedTrainer)
 
 
-def test_the_output_is_the_methods_own_dict_without_gradients():
+def test_the_output_is_the_methods_own_dict_and_the_norm_of_the_gradients_without_their_graph():
     engine = trainer(Line())
     engine.run()
     (output,) = engine.state.output
-    assert set(output) == {"loss", "extra"}
+    assert set(output) == {"loss", "extra", "gradient_norm"}
+    assert output["gradient_norm"] == engine.method.weight.grad.abs()
     assert not any(value.requires_grad for value in output.values())
 
 
