@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 __all__ = [
-    "CollapseError", "InputError", "NonFiniteLossError", "is_input_error", "reason_of", "report_input_errors",
-    "require_pair", "require_within",
+    "CollapseError", "InputError", "NonFiniteLossError", "UnreadableError", "is_unreadable", "reason_of",
+    "report_input_errors", "require_pair", "require_within",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,10 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 
 class InputError(ValueError):
     """A file, key or value given by the user cannot be used; the message names it, the rule and the remedy."""
+
+
+class UnreadableError(InputError):
+    """An image's file is broken or gone; the message names it."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -89,9 +93,9 @@ def _message(error: BaseException | None) -> str | None:
     return None
 
 
-def is_input_error(error: BaseException | None) -> bool:
-    """Whether an `InputError` is among the causes of an error, itself included."""
-    return error is not None and (isinstance(error, InputError) or is_input_error(error.__cause__))
+def is_unreadable(error: BaseException | None) -> bool:
+    """Whether an `UnreadableError` is among the causes of an error, itself included."""
+    return error is not None and (isinstance(error, UnreadableError) or is_unreadable(error.__cause__))
 
 
 def reason_of(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store, StoredImage
-from biovfm_monai.errors import InputError, is_input_error, reason_of
+from biovfm_monai.errors import InputError, is_unreadable, reason_of
 
 __all__ = ["RandomCropDataset"]
 
@@ -146,7 +146,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     def _set_aside(self, row: int, error: Exception) -> None:
         """Report an image that cannot be read; raise what is no such error, or when there are too many."""
         most = max(_MOST_UNREADABLE * len(self), min(_SOME_UNREADABLE, len(self) // 2))
-        if most < 1 or not is_input_error(error):
+        if most < 1 or not is_unreadable(error):
             raise error
         if row not in self._unreadable:
             self._unreadable.add(row)

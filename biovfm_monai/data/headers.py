@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import tifffile
 from PIL import Image
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, UnreadableError
 
 __all__ = [
     "APART", "ARRAYS", "NIFTI", "PHOTO", "TIFF", "VOLUME", "Header", "array_headers", "checked", "header_of",
@@ -73,7 +73,8 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
-        raise InputError(f"{path}: {what} ({type(error).__name__}: {reason}). Repair or remove the file.") from error
+        message = f"{path}: {what} ({type(error).__name__}: {reason}). Repair or remove the file."
+        raise UnreadableError(message) from error
 
 
 def header_of(path: Path) -> Header:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def read_part(path: Path, name: str, number: int) -> np.ndarray:
     An array of up to 1 GiB is kept in memory until another one is asked for. Of a larger one the images before the one
     that is asked for are unpacked and forgotten, so it has to be gone through in its order: `biovfm pack` does.
     """
-    return _opened(path, name, version_of(path))[number]
+    # Processes that share an open file would move each other's place in it.
+    return _opened(path, name, (*version_of(path), os.getpid()))[number]
 
 
 @lru_cache(maxsize=1)

@@ -40,7 +40,7 @@ from biovfm_monai.data.headers import (
 from biovfm_monai.data.medmnist import read_part
 from biovfm_monai.data.slides import is_slide, read_tile
 from biovfm_monai.data.store import StoredImage
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, UnreadableError
 
 __all__ = ["ReadImaged", "part_of", "read_image"]
 
@@ -260,5 +260,9 @@ class ReadImaged(MapTransform):
             if isinstance(sample[key], StoredImage):
                 sample[key] = sample[key].whole()
             elif not isinstance(sample[key], torch.Tensor):
-                sample[key] = read_image(sample[key])
+                try:
+                    sample[key] = read_image(sample[key])
+                except InputError as error:
+                    # Other steps refuse what the user asks for, not a file.
+                    raise UnreadableError(str(error)) from error
         return sample

@@ -76,9 +76,10 @@ class StateHandler:
         latest = self.folder / "latest.pt"
         with write_atomically(latest) as draft:
             torch.save(_state_of(engine), draft)
+            # It is older than the draft, and would be taken for newer than what the draft becomes.
+            (self.folder / _STOPPED).unlink(missing_ok=True)
             if latest.exists():
                 latest.replace(self.folder / "previous.pt")
-        (self.folder / _STOPPED).unlink(missing_ok=True)
 
     def _save_stopped(self, engine: PretrainingTrainer) -> None:
         if engine.stopped and distributed.is_main():
