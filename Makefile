@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check clean
+.PHONY: test-slow quickstart test check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/biovfm quickstart
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -n 0
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def result(root):
     return losses, load_file(root / "models/encoder.safetensors")
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.slow
 def test_a_host_that_fails_and_comes_back_changes_nothing(hosts, tmp_path):
     call([*TORCHRUN, 2, "-m", *training(tmp_path / "undisturbed")], tmp_path)
     root = tmp_path / "hosts" / "root"
@@ -124,6 +124,7 @@ def test_a_host_that_fails_and_comes_back_changes_nothing(hosts, tmp_path):
         first, second = (start(number, name, root) for number, name in enumerate(hosts))
         wait_for((root / "models/state/latest.pt").exists, first)
         kill(second)
+        assert first.poll() is None
         second = start(1, hosts[1], root)
         assert first.wait(timeout=120) == second.wait(timeout=120) == 0, (root.parent / "host0.log").read_text()
     printed = (root.parent / "host0.log").read_text()
