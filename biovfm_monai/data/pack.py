@@ -24,6 +24,7 @@ from biovfm_monai.data.datalist import iterate_datalist
 from biovfm_monai.data.duplicates import perceptual_hash
 from biovfm_monai.data.encoding import encode, frame_of
 from biovfm_monai.data.find import hashed, survey, with_modality
+from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, suffix
 from biovfm_monai.data.jobs import share_out
 from biovfm_monai.data.join import join_tables
 from biovfm_monai.data.preprocessing import ByModalityd, degree_of
@@ -235,7 +236,7 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
     image: MetaTensor = prepare({"image": raw, "modality": item.get("modality")})["image"]
     spacing, degree = spacing_of(image) or [1.0, 1.0, 1.0], degree_of(image)
     encoded = encode(image.as_tensor().float().numpy(), raw.dtype == torch.uint8)
-    digest = blake2b(str(encoded.numbers.shape).encode(), digest_size=16)
+    digest = blake2b(str((encoded.numbers.shape, *encoded[1:])).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(encoded.numbers).data)
     subject = item.get("subject")
     row = {
@@ -254,5 +255,11 @@ def _file(item: Mapping[str, Any]) -> str:
 
 
 def _label(label: Any) -> str | None:
-    """A label as JSON; none for the path of a label map, which may name somebody."""
-    return None if label is None or (isinstance(label, str) and "/" in label) else json.dumps(label)
+    """A label as JSON; none for label maps, whose paths may name somebody."""
+    parts = label if isinstance(label, list | tuple) else [label]
+    return None if label is None or any(map(_is_path, parts)) else json.dumps(label)
+
+
+def _is_path(part: Any) -> bool:
+    endings = (*NIFTI, *VOLUME, *TIFF, *PHOTO, *ARRAYS, ".dcm")
+    return isinstance(part, str) and ("/" in part or "\\" in part or suffix(Path(part)) in endings)

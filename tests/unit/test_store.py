@@ -113,6 +113,18 @@ def by_content(path):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
 
 
+def test_paths_of_label_maps_do_not_enter_a_store(tmp_path):
+    labels = ["malignant", 3, [0, 1], None, "DOE_JOHN_seg.nii.gz", ["/data/DOE_JOHN/gm.nii.gz"], "C:\\DOE\\map.dcm"]
+    items = []
+    for number, label in enumerate(labels):
+        image = str(write_png(tmp_path / f"{number}.png", np.full((40, 40), number, np.uint8)))
+        items.append({"image": image, "modality": "xray", "label": label})
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items}))
+    pack(tmp_path / "datalist.json", tmp_path / "store", num_workers=1)
+    assert [item.get("label") for item in Store(tmp_path / "store")] == ["malignant", 3, [0, 1], *[None] * 4]
+    assert not any(b"DOE" in path.read_bytes() for path in (tmp_path / "store").iterdir())
+
+
 def test_a_store_written_anew_is_read_anew(tmp_path):
     (tmp_path / "images").mkdir()
     for value in (50, 60):
