@@ -17,18 +17,21 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from monai.data import utils as monai_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "heeding_signals", "initialize", "is_main",
-    "leave_unfinished", "mean", "most", "parallel", "rank", "total", "world_size",
+    "leave_unfinished", "mean", "most", "parallel", "rank", "total", "worker_init_fn", "world_size",
 ]  # fmt: skip
 
 RESTART = 75
 """Exit status of a run that a signal ended and that is to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 _PAUSE = 0.2
+_SIGNALS = signal.SIGTERM, signal.SIGUSR1
+_ONE_REQUEST = 5.0
 _asked, _unfinished = threading.Event(), threading.Event()
 
 
@@ -63,27 +66,40 @@ def finalize() -> None:
 
 @contextmanager
 def heeding_signals() -> Iterator[None]:
-    """Note SIGTERM and SIGUSR1 for `asked_to_stop` instead of dying of them; a second one does what it did before.
+    """Note SIGTERM and SIGUSR1 for `asked_to_stop` instead of dying of them; after 5 seconds one does what it did.
 
-    Schedulers send them some time before they take a machine away. In another thread than the main one, which Python
-    gives no signals, nothing changes.
+    Schedulers send them some time before they take a machine away, and a launcher passes on what it got, too. In
+    another thread than the main one, which Python gives no signals, nothing changes.
     """
     _asked.clear()
     _unfinished.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    first = 0.0
 
     def note(number: int, _: Any) -> None:
-        _asked.set()
-        signal.signal(number, before[number])
+        nonlocal first
+        if not _asked.is_set():
+            _asked.set()
+            first = time.monotonic()
+        elif time.monotonic() - first > _ONE_REQUEST:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
-    before: dict[int, Any] = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def worker_init_fn(worker_id: int) -> None:
+    """For a data loader's workers: MONAI's, and signals to all processes of a job are left to the one that trains."""
+    monai_data.worker_init_fn(worker_id)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def leave_unfinished() -> None:

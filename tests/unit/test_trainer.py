@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from ignite.engine import Events
@@ -65,7 +66,8 @@ def mae():
 
 
 def trainer(method, epochs=2, steps=3, accumulation=1, batch=4, lr=0.1, **options):
-    loader = DataLoader(Numbers(), batch_sampler=GlobalBatchSampler(batch, steps, accumulation))
+    sampler = GlobalBatchSampler(batch, steps, accumulation)
+    loader = DataLoader(Numbers(), batch_sampler=sampler, **options.pop("loading", None) or {})
     optimizer = options.pop("optimizer", None) or torch.optim.SGD(method.parameters(), lr)
     options.setdefault("prepare_batch", RandomResizedCrop((16, 16)))
     return PretrainingTrainer("cpu", epochs, loader, method, optimizer, accumulation_steps=accumulation, **options)
@@ -177,12 +179,13 @@ def test_a_precision_that_cannot_be_had_is_refused(precision, message):
         trainer(Line(), precision=precision)
 
 
-def run_epochs(folder, epochs, total, resume, accumulation=1, events=()):
+def run_epochs(folder, epochs, total, resume, accumulation=1, events=(), loading=None):
     method = mae()
     optimizer = torch.optim.AdamW(parameter_groups(method), lr=1e-2)
     engine = trainer(
         method, total, accumulation=accumulation, optimizer=optimizer, schedules={"lr": WarmupCosine(1e-2)}, seed=7,
         train_handlers=[StateHandler(folder, resume=resume), ProgressHandler(folder / "log.jsonl", interval=1)],
+        loading=loading,
     )  # fmt: skip
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == epochs and e.terminate())
     for event, handler in events:
@@ -225,10 +228,32 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
     distributed.finalize()
 
 
-def test_a_second_signal_does_what_it_always_does(tmp_path):
+def test_signals_to_every_process_of_a_job_stop_it_once(tmp_path):
+    """A scheduler signals the launcher, which passes it on, the training process and the loader's workers."""
+
+    def signals(engine):
+        workers = [process.pid for process in psutil.Process().children()]
+        assert len(workers) >= 2
+        # By another process: torch's workers know a signal of their parent.
+        subprocess.run(["/bin/kill", "-TERM", *map(str, [*workers, os.getpid()])], check=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # for workers to die of it
+
+    expected = run_epochs(tmp_path / "whole", 2, 2, False)
+    loading = {"num_workers": 2, "worker_init_fn": distributed.worker_init_fn}
+    run_epochs(tmp_path / "parts", 2, 2, False, 1, [(Events.ITERATION_STARTED(once=2), signals)], loading)
+    assert (tmp_path / "parts/stopped.pt").exists()
+    resumed = run_epochs(tmp_path / "parts", 2, 2, True)
+    for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    distributed.finalize()
+
+
+def test_a_later_signal_does_what_it_always_does(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(distributed, "_ONE_REQUEST", 0.0)
     sends = Events.ITERATION_STARTED(once=2), lambda _: [os.kill(os.getpid(), signal.SIGUSR1) for _ in range(2)]
     before = signal.signal(signal.SIGUSR1, interrupted)
     try:
