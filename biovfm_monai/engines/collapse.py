@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 32
 _NEAR = 0.01
+_LEAST_USAGE, _NO_GRADIENT = 0.1, 1e-8
 _SPREAD = (
     "Lower --learning_rate, raise --batch_size (or DINOv2's queue), let the teacher follow more slowly (momentum), or "
     "give what spreads embeddings out more weight (koleo_weight, sigreg_weight)."
@@ -54,7 +55,8 @@ class CollapseHandler:
     """Embed the same images time and again, and say so when the encoder tells them apart no more.
 
     Their effective rank goes to `engine.state.metrics`, and so to TensorBoard and the log, as "effective_rank"; what
-    `probe` finds as "probe". A method's "teacher_entropy" is looked at, too. A tokenizer has no embedding to look at.
+    `probe` finds as "probe". Of the last step's output "teacher_entropy" and "prototype_usage", if the method has them,
+    and "gradient_norm" are looked at, too. A tokenizer has no embedding to look at.
 
     A run that goes back does so to the newest state, that of the epoch before, if that was found good. All learning
     rates are lower from there on: with the same ones it would come to the same end. A resumed run goes on with them,
@@ -116,8 +118,8 @@ class CollapseHandler:
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
-        engine.state.best_rank, engine.state.rewinds = 0.0, 0
-        engine.state_dict_user_keys.extend(["best_rank", "rewinds"])
+        engine.state.best_rank, engine.state.best_usage, engine.state.rewinds = 0.0, 0.0, 0
+        engine.state_dict_user_keys.extend(["best_rank", "best_usage", "rewinds"])
         engine.add_event_handler(Events.EPOCH_STARTED, self._slow_down)
         # Before the handlers of the iteration's and the epoch's end, which log what is found and write the state.
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._look)
@@ -142,10 +144,7 @@ class CollapseHandler:
         if engine.step < self.warmup * engine.total_steps and math.isfinite(rank):
             return
         judged = engine.state.best_rank > 0
-        engine.state.best_rank = best = max(engine.state.best_rank, rank)
-        entropy = engine.state.output[0].get("teacher_entropy")
-        entropy = None if entropy is None else distributed.mean(entropy).item()
-        for kind, sign in self._signs(rank, min(embedding.shape), best, entropy):
+        for kind, sign in self._signs(engine, rank, min(embedding.shape)):
             message = f"collapse at epoch {epoch}: {sign}"
             if self.on_collapse == "rewind":
                 self._go_back(engine, message, judged)
@@ -194,18 +193,28 @@ class CollapseHandler:
             found.setdefault((sample["image"].shape, sample.get("anisotropy")), []).append(sample["image"])
         return [(part, degree) for (_, degree), images in found.items() for part in torch.stack(images).split(_BATCH)]
 
-    def _signs(self, rank: float, largest: int, best: float, entropy: float | None) -> Iterator[tuple[str, str]]:
+    def _signs(self, engine: PretrainingTrainer, rank: float, largest: int) -> Iterator[tuple[str, str]]:
         """Kind of each sign of collapse, and what it is and what to try."""
+        state, output = engine.state, engine.state.output[0]
+        named = [name for name in ("teacher_entropy", "prototype_usage", "gradient_norm") if name in output]
+        # The same numbers on all processes.
+        seen = {name: distributed.mean(output[name].detach().float()).item() for name in named}
+        entropy, usage = seen.get("teacher_entropy", 0.5), seen.get("prototype_usage", 0.0)
+        state.best_rank, state.best_usage = max(state.best_rank, rank), max(state.best_usage, usage)
         if not math.isfinite(rank):
             yield "finite", "embeddings are not finite. Lower --learning_rate, set --clip_norm 1.0."
         if rank < 1 + self.least_rank * (largest - 1):
             yield "rank", f"the effective rank of embeddings is {rank:.2f} of at most {largest}. {_SPREAD}"
-        if rank < self.least_of_best * best:
-            yield "best", f"the effective rank of embeddings fell from {best:.2f} to {rank:.2f}. {_SPREAD}"
-        if entropy is not None and entropy < _NEAR:
+        if rank < self.least_of_best * state.best_rank:
+            yield "best", f"the effective rank of embeddings fell from {state.best_rank:.2f} to {rank:.2f}. {_SPREAD}"
+        if entropy < _NEAR:
             yield "sharp", f"the teacher's entropy is {entropy:.4f} of 1, one prototype a view. Raise teacher_temp."
-        if entropy is not None and entropy > 1 - _NEAR:
+        if entropy > 1 - _NEAR:
             yield "even", f"the teacher's entropy is {entropy:.4f} of 1, all prototypes alike. Lower teacher_temp."
+        if usage < _LEAST_USAGE * state.best_usage:
+            yield "usage", f"the share of prototypes in use fell from {state.best_usage:.4f} to {usage:.4f}. {_SPREAD}"
+        if seen.get("gradient_norm", 1.0) < _NO_GRADIENT:
+            yield "gradient", "no gradient reaches the weights. Look at what is frozen, and at the loss."
 
     def _say(self, kind: str, message: str, level: int) -> None:
         if kind not in self._said and distributed.is_main():

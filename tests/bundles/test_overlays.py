@@ -60,6 +60,26 @@ def test_an_overlay_of_a_method_trains_and_leaves_a_network(root, method):
     assert torch.tensor(json.loads(lines[-1])["loss"]).isfinite()
 
 
+def test_an_overlay_lets_a_run_score_a_labelled_handful_after_each_epoch(tmp_path, samples):
+    copy = copy_bundle("biovfm_dinov2_pretraining", tmp_path)
+    sections = json.loads((samples / "datalist.json").read_text())
+    handful = {name: items[::20] for name, items in sections.items() if name.startswith("place")}
+    shutil.copytree(samples, copy / "samples")
+    (copy / "samples/datalist.json").write_text(json.dumps({**sections, **handful}))
+    configs = [copy / "configs/train.json", *(ROOT / f"configs/{name}.json" for name in ("knn_probe", "smoke"))]
+    options = SMALL["dinov2"] | {"encoder::depth": 1, "max_epochs": 2}
+    workflow = ConfigWorkflow(
+        [str(config) for config in configs], workflow_type="train", logging_file=False, bundle_root=str(copy),
+        img_size=[32, 32], crop_size=[32, 32], batch_size=4, **options,
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    probes = [line.get("probe") for line in map(json.loads, (copy / "eval/log.jsonl").open())]
+    assert probes[0] is None  # of the first step
+    assert 0 < probes[-1] < 1
+
+
 def test_every_method_has_an_overlay_and_a_section_in_the_docs():
     public = set(methods.__all__) - {"SSLMethod"}
     named = {}

@@ -27,12 +27,13 @@ SMALL = RandomResizedCrop((8, 8))
 class Regression(SSLMethod):
     """Learns each view's mean, and says what it is told to of its teacher."""
 
-    def __init__(self, constant=False, entropy=None, falls=False, breaks=False):
+    def __init__(self, constant=False, entropy=None, falls=False, breaks=False, said=()):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3, drop_path_rate=0.2)
         self.head = torch.nn.Linear(24, 1)
         self.entropy, self.falls, self.breaks = entropy, falls, breaks
+        self.said, self.steps, self.weight = dict(said), 0, 1.0
         torch.nn.init.normal_(self.encoder.norm.bias)
         if constant:
             self.encoder.norm.weight.requires_grad_(False).zero_()
@@ -46,7 +47,10 @@ class Regression(SSLMethod):
     def forward(self, batch):
         image = batch["image"] if "image" in batch else batch["global_crops"].flatten(0, 1)
         mean = image.flatten(1).mean(1, keepdim=True)
-        output = {"loss": (self.head(self.encoder(image).mean(1)) - mean).square().mean(), "brightness": mean.mean()}
+        loss = (self.head(self.encoder(image).mean(1)) - mean).square().mean() * self.weight
+        output = {"loss": loss, "brightness": mean.mean()}
+        output |= {name: torch.tensor(values[self.steps]) for name, values in self.said.items()}
+        self.steps += 1
         return output if self.entropy is None else {**output, "teacher_entropy": torch.tensor(self.entropy)}
 
 
@@ -145,6 +149,24 @@ def test_a_constant_encoder_is_said_once_with_what_to_try(caplog):
     assert record.levelno == logging.WARNING
     assert "epoch 1: the effective rank of embeddings is 1.00 of at most 24. Lower --learning_rate" in record.message
     assert engine.state.metrics["effective_rank"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("last", "sign"), [(0.04, "fell from 0.5000 to 0.0400"), (0.06, None)])
+def test_prototypes_that_fall_out_of_use_are_a_sign(caplog, last, sign):
+    usage = [0.1, 0.1, 0.5, 0.1, 0.1, last]
+    engine = run(Regression(said={"prototype_usage": usage}), watch())
+    assert engine.state.best_usage == 0.5
+    found = [record.message for record in caplog.records if "collapse" in record.message]
+    assert [f"share of prototypes in use {sign}" in message for message in found] == [True] * bool(sign)
+
+
+def test_a_loss_that_no_gradient_comes_from_is_a_sign(caplog):
+    method = Regression()
+    run(method, watch(), epochs=1)
+    assert "collapse" not in caplog.text
+    method.weight = 0.0
+    run(method, watch(), epochs=1)
+    assert "no gradient reaches the weights, nothing is learnt." in caplog.text
 
 
 def test_a_collapse_can_stop_the_run_with_one_line_before_its_state_is_written(tmp_path):
