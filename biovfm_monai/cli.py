@@ -51,10 +51,10 @@ def index(
         num_workers: processes that read headers.
     """
     options = {name: value for name, value in locals().items() if name not in ("paths", "out")}
-    from biovfm_monai.data import index as run  # noqa: PLC0415
-
     if not paths:
         raise InputError("name at least one folder or file.")
+    from biovfm_monai.data import index as run  # noqa: PLC0415
+
     return run([str(path) for path in paths], str(out), **options | {"salt": None if salt is None else str(salt)})
 
 
@@ -96,10 +96,10 @@ def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str 
         out: .npz file to write, with "files" and "embeddings".
         modality: of all files, where neither a header nor a folder's name tells it.
     """
-    from biovfm_monai.evaluation import embed_files  # noqa: PLC0415
-
     if not files:
         raise InputError("name at least one image file or folder.")
+    from biovfm_monai.evaluation import embed_files  # noqa: PLC0415
+
     images, width = embed_files([str(file) for file in files], encoder, out, modality)
     return f"{out}: {images} image(s), {width} numbers each"
 

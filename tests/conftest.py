@@ -24,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        _hide_from_programs(config)
+
+
+def _hide_from_programs(config: pytest.Config) -> None:
+    """Let programs that tests start find no transformers, as most users: MONAI takes seconds to import it."""
+    folder = tempfile.TemporaryDirectory(prefix="hidden-")
+    config.add_cleanup(folder.cleanup)
+    (Path(folder.name) / "transformers.py").write_text("raise ImportError('hidden by the tests')\n")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder.name, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(autouse=True)

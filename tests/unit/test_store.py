@@ -221,7 +221,8 @@ if __name__ == "__main__":
 def test_a_cluster_packs_the_same_bytes(folder, store, tmp_path):
     pytest.importorskip("distributed")
     command = [sys.executable, "-c", DASK, str(folder.with_name("list") / "datalist.json"), str(tmp_path / "store")]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    env = {**os.environ, "DASK_TEMPORARY_DIRECTORY": str(tmp_path)}
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True, check=False)
     assert "ready, 10 images in 4 file(s)" in done.stdout, done.stderr
     assert int(done.stdout.split("moved")[1]) >= 4
     assert len(Store(tmp_path / "store")) == len(Store(store))
