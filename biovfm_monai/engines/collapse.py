@@ -128,7 +128,7 @@ class CollapseHandler:
         epoch, ends = engine.state.epoch, engine.state.iteration % engine.state.epoch_length == 0
         if not ends or (epoch % self.interval and epoch != engine.state.max_epochs):
             return
-        trained = engine.method.trained
+        trained = engine.trained()
         if isinstance(trained, SoftTokenizer):
             self._say("tokenizer", "a tokenizer has no embedding, and is not watched for collapse.", logging.INFO)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +18,12 @@ from biovfm_monai import distributed
 from biovfm_monai.data import RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.files import write_atomically
+from biovfm_monai.parallelism import Sharded
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["ReconstructionHandler"]
+
+logger = logging.getLogger(__name__)
 
 _SEARCH = 64
 
@@ -70,7 +74,10 @@ class ReconstructionHandler:
         self._samples: list[dict[str, Any]] = []
 
     def attach(self, engine: PretrainingTrainer) -> None:
-        """Register with a trainer."""
+        """Register with a trainer, unless its network is sharded: the process that draws has a part of it only."""
+        if isinstance(engine.network, Sharded):
+            logger.info("a sharded network draws no pictures")
+            return
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._draw)
 
     def _draw(self, engine: PretrainingTrainer) -> None:

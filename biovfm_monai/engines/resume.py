@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
+from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import require_writable, set_aside, write_atomically
+from biovfm_monai.parallelism import spread, whole
 
 __all__ = ["StateHandler"]
 
@@ -71,20 +73,22 @@ class StateHandler:
 
     def _save(self, engine: PretrainingTrainer) -> None:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
-        if not (due and distributed.is_main()):
+        state = _state_of(engine) if due else None
+        if state is None or not distributed.is_main():
             return
         latest = self.folder / "latest.pt"
         with write_atomically(latest) as draft:
-            torch.save(_state_of(engine), draft)
+            torch.save(state, draft)
             # It is older than the draft, and would be taken for newer than what the draft becomes.
             (self.folder / _STOPPED).unlink(missing_ok=True)
             if latest.exists():
                 latest.replace(self.folder / "previous.pt")
 
     def _save_stopped(self, engine: PretrainingTrainer) -> None:
-        if engine.stopped and distributed.is_main():
+        state = _state_of(engine) if engine.stopped else None
+        if state is not None and distributed.is_main():
             with write_atomically(self.folder / _STOPPED) as draft:
-                torch.save(_state_of(engine), draft)
+                torch.save(state, draft)
             logger.warning("a signal stopped the run after step %d: go on with --resume True", engine.step)
 
     def _load(self, engine: PretrainingTrainer) -> None:
@@ -131,8 +135,9 @@ class StateHandler:
     @staticmethod
     def _apply(engine: PretrainingTrainer, state: dict[str, Any], path: Path) -> None:
         try:
-            engine.method.load_state_dict(state["method"])
-            engine.optimizer.load_state_dict(state["optimizer"])
+            own = engine.method.state_dict()
+            engine.method.load_state_dict({name: spread(x, own.get(name)) for name, x in state["method"].items()})
+            engine.optimizer.load_state_dict(_spread_over(engine.optimizer, state["optimizer"]))
             engine.loss_scaler.load_state_dict(state["loss_scaler"])
             engine.state.iteration = state["step"] * engine.accumulation_steps
             engine.state.epoch = state["epoch"]
@@ -154,10 +159,18 @@ class StateHandler:
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)
 
 
+def _spread_over(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    of = {n: {name: spread(x, parameters[n]) for name, x in values.items()} for n, values in state["state"].items()}
+    return {**state, "state": of}
+
+
 def _state_of(engine: PretrainingTrainer) -> dict[str, Any]:
+    """The state of a run, put together from all processes: each calls it."""
     return {
-        "method": engine.method.state_dict(),
-        "optimizer": engine.optimizer.state_dict(),
+        "method": whole(engine.method.state_dict()),
+        "optimizer": whole(engine.optimizer.state_dict()),
         "loss_scaler": engine.loss_scaler.state_dict(),
         "step": engine.step,
         "epoch": engine.step // _steps_per_epoch(engine),

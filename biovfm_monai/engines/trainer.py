@@ -14,6 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents, default_prepare_batch
 from monai.inferers import Inferer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -21,6 +22,8 @@ from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
+from biovfm_monai.networks import SoftTokenizer, ViT
+from biovfm_monai.parallelism import Sharded, inner, whole
 
 __all__ = ["PretrainingTrainer", "fast_precision"]
 
@@ -51,7 +54,7 @@ class PretrainingTrainer(SupervisedTrainer):
         device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
             key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. A `GlobalBatchSampler`
             of the loader is set to where the run is; epoch_length counts its micro-batches.
-        network: the method, or its `DistributedDataParallel`.
+        network: the method, or what `parallelism.parallel` has made of it.
         optimizer: over the method's parameters.
         prepare_batch: (batch, device, non_blocking) -> batch on the device, views made.
         precision: "fp32", "bf16" or "fp16".
@@ -137,8 +140,20 @@ class PretrainingTrainer(SupervisedTrainer):
     @property
     def method(self) -> SSLMethod:
         """The method itself, out of its parallel wrapper."""
-        network: Any = self.network
-        return network.module if isinstance(network, DistributedDataParallel) else network
+        method: Any = inner(self.network)
+        return method
+
+    def trained(self) -> ViT | SoftTokenizer:
+        """The network to keep, whole on each process, for looking at and for writing: all processes call it.
+
+        It is a copy where the method's own is sharded.
+        """
+        trained = self.method.trained
+        if not isinstance(self.network, Sharded):
+            return trained
+        copy = type(trained)(**trained.arguments).to(self.state.device)
+        copy.load_state_dict(whole(trained.state_dict()))
+        return copy.eval()
 
     @property
     def step(self) -> int:
@@ -195,8 +210,11 @@ class PretrainingTrainer(SupervisedTrainer):
         return self.state.output
 
     def _gradient_sync(self, steps_now: bool) -> AbstractContextManager:
-        if isinstance(self.network, DistributedDataParallel) and not steps_now:
-            return self.network.no_sync()
+        network: Any = self.network
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(steps_now)
+        if isinstance(network, DistributedDataParallel) and not steps_now:
+            return network.no_sync()
         return nullcontext()
 
     def _optimizer_step(self) -> Tensor:
@@ -207,7 +225,7 @@ class PretrainingTrainer(SupervisedTrainer):
                 group[name] = value * group.get(f"{name}_scale", 1.0)
         self.loss_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm: Tensor = whole(nn.utils.get_total_norm(gradients))
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, norm)
         scale = self.loss_scaler.get_scale()
