@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +21,6 @@ from biovfm_monai.parallelism import Sharded
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["ReconstructionHandler"]
-
-logger = logging.getLogger(__name__)
 
 _SEARCH = 64
 
@@ -45,7 +42,8 @@ class Reconstructs(Protocol):
 class ReconstructionHandler:
     """Draw (image, masked, reconstructed) of one crop per modality, as `reconstruction.png` and in TensorBoard.
 
-    The crops, their masks and thus the picture's layout are the same each time, so that pictures can be compared.
+    The crops, their masks and thus the picture's layout are the same each time, so that pictures can be compared. Of a
+    sharded network there is none.
 
     Args:
         method: what reconstructs.
@@ -74,15 +72,13 @@ class ReconstructionHandler:
         self._samples: list[dict[str, Any]] = []
 
     def attach(self, engine: PretrainingTrainer) -> None:
-        """Register with a trainer, unless its network is sharded: the process that draws has a part of it only."""
-        if isinstance(engine.network, Sharded):
-            logger.info("a sharded network draws no pictures")
-            return
+        """Register with a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._draw)
 
     def _draw(self, engine: PretrainingTrainer) -> None:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
-        if not (due and distributed.is_main()):
+        # Of a sharded network this process has a part only.
+        if not (due and distributed.is_main()) or isinstance(engine.network, Sharded):
             return
         self._samples = samples = self._samples or self._one_per_modality()
         with torch.random.fork_rng(devices=[]), torch.inference_mode():

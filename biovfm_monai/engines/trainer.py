@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents, default_prepare_batch
 from monai.inferers import Inferer
@@ -25,7 +25,7 @@ from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
 from biovfm_monai.parallelism import Sharded, inner, whole
 
-__all__ = ["PretrainingTrainer", "fast_precision"]
+__all__ = ["PretrainingTrainer", "StepEvents", "fast_precision"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +39,13 @@ def fast_precision(device: torch.device | str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
+
+
+class StepEvents(EventEnum):
+    """What a `PretrainingTrainer` fires beside the events of Ignite and MONAI."""
+
+    GRADIENTS_COMPLETED = "gradients_completed"
+    """All gradients of a step are there, `engine.state.gradient_norm` is theirs: `leave_out_step` can be called."""
 
 
 class PretrainingTrainer(SupervisedTrainer):
@@ -104,7 +111,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.stopped = False
         self._unchecked: deque[tuple[int, Tensor]] = deque()
         self._asked: deque[Tensor] = deque()
-        self._again = False
+        self._again = self._left_out = False
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -121,6 +128,7 @@ class PretrainingTrainer(SupervisedTrainer):
             train_handlers=train_handlers,
             decollate=False,
             accumulation_steps=accumulation_steps,
+            event_names=[*StepEvents],
         )
         self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
 
@@ -136,6 +144,14 @@ class PretrainingTrainer(SupervisedTrainer):
         """End the run after this iteration, and let it begin again where handlers of `Events.STARTED` put it."""
         self._again = True
         self.terminate(skip_completed=True)
+
+    def leave_out_step(self) -> None:
+        """Leave the weights as they are in this step: on all processes, at `StepEvents.GRADIENTS_COMPLETED`."""
+        self._left_out = True
+
+    def losses_of_step(self) -> Tensor:
+        """The losses of this step's micro-batches on this process, on its device."""
+        return torch.stack([loss for iteration, loss in self._unchecked if self._is_of_step(iteration)])
 
     @property
     def method(self) -> SSLMethod:
@@ -194,11 +210,8 @@ class PretrainingTrainer(SupervisedTrainer):
             self.loss_scaler.scale(loss / self.accumulation_steps).backward()
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._unchecked.append((iteration, loss.detach()))
-        # On a GPU the newest loss is still being computed, and reading it would make the host wait. At the end of an
-        # epoch handlers write files, which must not hold what a bad loss did to the weights.
         epoch_ends = iteration % self.state.epoch_length == 0
-        self._check_losses(0 if loss.device.type == "cpu" or epoch_ends else 1)
-        norm = self._optimizer_step() if steps_now else None
+        norm = self._optimizer_step(epoch_ends) if steps_now else None
         shown = output if norm is None else {**output, "gradient_norm": norm}
         # What happens at the end of an epoch is not left out: the run then stops one step later.
         if steps_now and self._asked_to_stop() and not epoch_ends:
@@ -217,15 +230,25 @@ class PretrainingTrainer(SupervisedTrainer):
             return network.no_sync()
         return nullcontext()
 
-    def _optimizer_step(self) -> Tensor:
-        """Step, and return the norm of the gradients before they were clipped."""
+    def _optimizer_step(self, epoch_ends: bool) -> Tensor:
+        """Step, unless a handler leaves it out, and return the norm of the gradients before they were clipped."""
         for name, schedule in self.schedules.items():
             value = schedule((self.step - 0.5) / self.total_steps)
             for group in self.optimizer.param_groups:
                 group[name] = value * group.get(f"{name}_scale", 1.0)
         self.loss_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm: Tensor = whole(nn.utils.get_total_norm(gradients))
+        self.state.gradient_norm = norm = whole(nn.utils.get_total_norm(gradients))
+        self._left_out = False
+        self.fire_event(StepEvents.GRADIENTS_COMPLETED)
+        if self._left_out:
+            self._unchecked = deque(entry for entry in self._unchecked if not self._is_of_step(entry[0]))
+            self.loss_scaler.update()
+            return norm
+        # On a GPU the newest losses are still being computed, and reading them would make the host wait. At the end of
+        # an epoch handlers write files, which must not hold what a bad loss did to the weights.
+        waits = self.state.device.type == "cpu" or epoch_ends
+        self._check_losses(0 if waits else self.accumulation_steps)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, norm)
         scale = self.loss_scaler.get_scale()
@@ -235,6 +258,9 @@ class PretrainingTrainer(SupervisedTrainer):
         if self.loss_scaler.get_scale() >= scale:
             self.method.after_step(self.step / self.total_steps)
         return norm
+
+    def _is_of_step(self, iteration: int) -> bool:
+        return iteration > self.state.iteration - self.accumulation_steps
 
     def _asked_to_stop(self) -> bool:
         """Whether all processes are to stop now; on a GPU by what was asked one step ago, so as not to wait for it."""
