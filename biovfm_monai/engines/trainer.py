@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
+from biovfm_monai.engines.settings import require_same_everywhere
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
@@ -133,7 +134,12 @@ class PretrainingTrainer(SupervisedTrainer):
         self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
 
     def run(self) -> None:
-        """Train to the end, beginning again as often as a handler asks for it by `begin_again`."""
+        """Train to the end, beginning again as often as a handler asks for it by `begin_again`.
+
+        Raises:
+            InputError: when processes were started with different settings.
+        """
+        require_same_everywhere(self)
         self._again, self.stopped = True, False
         with distributed.heeding_signals():
             while self._again:

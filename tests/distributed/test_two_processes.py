@@ -52,6 +52,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from biovfm_monai import data, distributed, engines, parallelism
+from biovfm_monai.errors import InputError
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import ViT
 
@@ -82,7 +83,14 @@ trainer = engines.PretrainingTrainer(
     ],
 )
 trainer.run()
-found = {"rewinds": trainer.state.rewinds, "weights": torch.cat([p.flatten() for p in method.parameters()]).tolist()}
+trainer.seed, refused = distributed.rank(), ""
+if distributed.world_size() > 1:
+    try:
+        trainer.run()
+    except InputError as error:
+        refused = str(error)
+weights = torch.cat([p.flatten() for p in method.parameters()]).tolist()
+found = {"refused": refused, "rewinds": trainer.state.rewinds, "weights": weights}
 Path(out, f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 distributed.finalize()
 """
@@ -230,3 +238,5 @@ def test_two_processes_go_back_together_from_a_collapse_as_one_does(tmp_path):
     assert first["weights"] == second["weights"]
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
     assert len(losses(tmp_path / "2")) == 12
+    refused = "processes were started with different settings: seed. Start all alike."
+    assert (first["refused"], second["refused"]) == (refused, refused)

@@ -47,6 +47,7 @@ class Line(SSLMethod):
 
     def __init__(self, scale=1.0):
         super().__init__()
+        self.encoder = torch.nn.Identity()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.scale, self.progress = scale, []
 
@@ -369,7 +370,8 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     run_epochs(tmp_path, 1, 1, False)
     engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
     with pytest.raises(
-        InputError, match=r"latest\.pt: is the state of another configuration .*--resume False"
+        InputError,
+        match=r"latest\.pt: is the state of another configuration: method MAE instead of Line; seed 7.*Resume",
     ) as caught:
         engine.run()
     assert "\n" not in str(caught.value)
@@ -452,15 +454,23 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path):
         method, 2, batch=8, optimizer=torch.optim.AdamW(parameter_groups(method)),
         train_handlers=[StateHandler(tmp_path, resume=True)],
     )  # fmt: skip
-    with pytest.raises(InputError, match="another batch_size"):
+    with pytest.raises(InputError, match=r"configuration: seed 7 instead of 0; batch_size 4 instead of 8\. Resume"):
         engine.run()
+
+
+def test_a_state_of_a_newer_version_is_refused(tmp_path):
+    run_epochs(tmp_path, 1, 2, False)
+    state = torch.load(tmp_path / "latest.pt", weights_only=True)
+    torch.save({**state, "format": state["format"] + 1}, tmp_path / "latest.pt")
+    with pytest.raises(InputError, match=r"latest\.pt: was written by a newer version"):
+        run_epochs(tmp_path, 1, 2, True)
 
 
 def test_resuming_with_other_accumulation_steps_keeps_its_place(tmp_path):
     run_epochs(tmp_path, 1, 2, False)
     method, steps = mae(), []
     engine = trainer(
-        method, 2, accumulation=2, optimizer=torch.optim.AdamW(parameter_groups(method)),
+        method, 2, accumulation=2, optimizer=torch.optim.AdamW(parameter_groups(method)), seed=7,
         train_handlers=[StateHandler(tmp_path, resume=True)],
     )  # fmt: skip
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: steps.append((e.step, e.samples_seen)))
