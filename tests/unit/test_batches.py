@@ -25,7 +25,7 @@ from biovfm_monai.data import (
     training_transform,
 )
 from biovfm_monai.data.views import Drawn
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, UnreadableError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import spad_vit_tiny
 
@@ -83,6 +83,22 @@ def test_an_image_that_breaks_in_the_middle_of_a_run_is_replaced_by_the_same_oth
     assert not {3, 7} & set(found)
     again = RandomCropDataset(crops.images.data, training_transform(1), (4, 4), cache_rate=0.0)
     assert shown(again[n] for n in reversed(range(60))) == found[::-1]
+
+
+def test_what_takes_the_place_of_broken_images_keeps_the_weights_of_the_sources():
+    items = [{"source": f"s{n % 3}", "number": n} for n in range(300)]
+
+    def load(item):
+        if item["number"] in (0, 3, 6):
+            raise UnreadableError(f"{item['number']} is broken")
+        return {"image": torch.full((1, 1, 2, 2), int(item["source"][1:])), "modality": "ct"}
+
+    weights = {"s0": 100.0, "s1": 5.0, "s2": 0.0}
+    crops = RandomCropDataset(items, load, (2, 2), cache_rate=0, source_weights=weights)
+    replaced = [n for n in range(10_000) if crops._row(n, 0) in (0, 3, 6)]
+    shares = np.bincount([int(crops[n]["image"].max()) for n in replaced], minlength=3) / len(replaced)
+    assert len(replaced) > 200
+    assert shares == pytest.approx([97 / 102, 5 / 102, 0], abs=0.04)
 
 
 def test_too_many_images_that_break_end_the_run(tmp_path):
