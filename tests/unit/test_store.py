@@ -15,6 +15,7 @@ import time
 import joblib
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from biovfm_monai.data import (
     load_datalist,
     pack,
     training_transform,
+    verify,
 )
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
 from biovfm_monai.data.encoding import decode, encode
@@ -443,6 +445,71 @@ def test_a_damaged_shard_is_named(store, tmp_path):
     (tmp_path / "store" / INDEX).write_bytes(b"PAR1")
     with pytest.raises(InputError, match="no index that can be read"):
         load_datalist(tmp_path / "store")
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_a_store_is_as_it_was_packed_until_a_byte_of_an_image_is_another(copied):
+    assert verify(copied, num_workers=1) == f"{copied}: all 10 images are as they were packed."
+    rows = pq.read_table(copied / INDEX).to_pylist()
+    content = (copied / "shard-000000.b2").read_bytes()
+    for row in (rows[2], rows[7]):
+        byte = row["start"] * 64 + row["bytes"] // 2
+        content = content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :]
+    (copied / "shard-000000.b2").write_bytes(content)
+    with pytest.raises(InputError, match=r"2 of 10 images are not as they were packed, in shard-000000.b2 \(2\)\. Copy"):
+        verify(copied, num_workers=1)
+
+
+def test_no_byte_of_a_shard_changes_an_image_unnoticed(copied):
+    shard, rng = copied / "shard-000000.b2", np.random.default_rng(0)
+    content = shard.read_bytes()
+    starts = [start * 64 for start in pq.read_table(copied / INDEX)["start"].to_pylist()]
+    # Headers and ends of frames, where sizes and places stand, and anywhere.
+    places = [start + byte for start in starts[::3] for byte in range(0, 160, 9)]
+    places += [start - byte for start in [*starts[1::4], len(content)] for byte in range(1, 200, 17)]
+    places += rng.integers(len(content), size=40).tolist()
+
+    def shown():
+        return [(sample["image"][...].numpy().tobytes(), sample["image"].spacing) for sample in Store(copied)]
+
+    whole, noticed = shown(), 0
+    for number, byte in enumerate(places):
+        changed = copied.with_name(f"changed-{number}")
+        copied.rename(changed)
+        copied = changed
+        shard = copied / "shard-000000.b2"
+        shard.write_bytes(content[:byte] + bytes([content[byte] ^ (1 << number % 8)]) + content[byte + 1 :])
+        try:
+            verify(copied, num_workers=1)
+        except InputError:
+            noticed += 1
+        else:
+            assert shown() == whole, byte
+    assert noticed > 40
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_shards_that_are_gone_or_cut_are_not_as_they_were_packed(copied, damage):
+    shard = copied / "shard-000000.b2"
+    if damage == "gone":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size * 3 // 4 if damage == "cut" else 0)
+    with pytest.raises(InputError, match=r"\d+ of 10 images are not as they were packed, in shard-000000.b2"):
+        verify(copied, num_workers=1)
+
+
+def test_what_is_no_finished_store_is_not_verified(copied, tmp_path):
+    with pytest.raises(InputError, match="no store"):
+        verify(tmp_path)
+    (copied / INDEX).unlink()
+    with pytest.raises(InputError, match="not finished"):
+        verify(copied)
 
 
 # Twins
