@@ -26,7 +26,9 @@ from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import version_of
 
-__all__ = ["ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "require_store", "shard_name", "table_name"]
+__all__ = [
+    "ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "require_store", "shard_name", "table_name",
+]  # fmt: skip
 
 INDEX, ABOUT = "index.parquet", "store.json"
 ALIGNMENT = 64

@@ -55,7 +55,7 @@ def upright_array(array: np.ndarray, orientation: int, x: int, y: int) -> np.nda
     """An array turned likewise, of which x and y are the axes."""
     if orientation >= 5:
         array = array.swapaxes(x, y)
-    flipped = [axis for axis, of in ((x, (2, 3, 6, 7)), (y, (3, 4, 7, 8))) if orientation in of]
+    flipped = tuple(axis for axis, of in ((x, (2, 3, 6, 7)), (y, (3, 4, 7, 8))) if orientation in of)
     return np.flip(array, flipped)
 
 

@@ -34,7 +34,7 @@ def verify(store: str | Path, num_workers: int = -1) -> str:
         How many images were compared.
 
     Raises:
-        InputError: when the folder holds no finished store, or an image is not as it was packed: with the files of such.
+        InputError: when the folder holds no finished store, or images are not as they were packed, naming their files.
     """
     folder = Path(store).expanduser().resolve()
     require_store(folder)
@@ -67,7 +67,7 @@ def _damaged(folder: Path, rows: dict[str, list[Any]]) -> Counter[str]:
         name = shard_name(shard)
         try:
             image = StoredImage(folder / name, start * ALIGNMENT, version)
-            same = image.checksum() == checksum and np.array_equal(np.float32(image.spacing), np.float32(spacing))
+            same = image.checksum() == checksum and np.array(image.spacing, dtype=np.float32).tolist() == spacing
         except (UnreadableError, MemoryError):  # a size that is damaged, too
             same = False
         damaged[name] += not same

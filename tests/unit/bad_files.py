@@ -204,10 +204,10 @@ def zipped(path, members):
     """An archive of arrays: name -> what each begins with, and how many zeros follow."""
     files, entries = b"", b""
     for name, (begin, zeros) in members.items():
-        content, name = deflated(begin, zeros), f"{name}.npy".encode()
-        said = (0 if zeros else zlib.crc32(begin), len(content), len(begin) + zeros, len(name))
-        entries += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 8, 0, 33, *said, *[0] * 5, len(files)) + name
-        files += struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 33, *said, 0) + name + content
+        content, file = deflated(begin, zeros), f"{name}.npy".encode()
+        said = (0 if zeros else zlib.crc32(begin), len(content), len(begin) + zeros, len(file))
+        entries += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 8, 0, 33, *said, *[0] * 5, len(files)) + file
+        files += struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 33, *said, 0) + file + content
     count = len(members)
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(entries), len(files), 0)
     path.write_bytes(files + entries + end)

@@ -335,7 +335,11 @@ TIFF = {
     ),
     "turned stack of ImageJ.tif": (
         partial(
-            tiff_turned, array=SLICES, turn=8, imagej=True, resolution=(2, 4),
+            tiff_turned,
+            array=SLICES,
+            turn=8,
+            imagej=True,
+            resolution=(2, 4),
             metadata={"axes": "ZYX", "spacing": 3, "unit": "mm"},
         ),
         reads(as_shown(SLICES, 8), [0.25, 0.5, 3]),

@@ -461,7 +461,7 @@ def test_a_store_is_as_it_was_packed_until_a_byte_of_an_image_is_another(copied)
         byte = row["start"] * 64 + row["bytes"] // 2
         content = content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :]
     (copied / "shard-000000.b2").write_bytes(content)
-    with pytest.raises(InputError, match=r"2 of 10 images are not as they were packed, in shard-000000.b2 \(2\)\. Copy"):
+    with pytest.raises(InputError, match=r"2 of 10 images are not as they .* in shard-000000.b2 \(2\)\. Copy"):
         verify(copied, num_workers=1)
 
 
