@@ -22,12 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from image_files import write_dicom, write_nifti, write_png
-from monai.data import DataLoader
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
+from monai.transforms import Compose
 from PIL import Image
 from skimage import data as photographs
 
+from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data import (
+    ByModalityd,
     RandomCropDataset,
+    ReadImaged,
     Store,
     encoder_transform,
     index,
@@ -154,6 +158,45 @@ def test_every_image_comes_back_as_its_preset_gave_it(folder, store):
         assert degree_of(sample["image"].whole()) == sample["anisotropy"]
 
 
+def kept_items(folder):
+    """The items of the list that are in the store, in its order."""
+    items = load_datalist(folder.with_name("list"))
+    return [item for item in items if "nan" not in item["image"] and "copy" not in item["image"]]
+
+
+@pytest.mark.parametrize("of_monai", [Dataset, CacheDataset, PersistentDataset])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_files_through_monais_datasets_give_the_samples_of_the_store(folder, store, tmp_path, of_monai, channels):
+    prepare = training_transform(channels)
+    # By default it would forget the spacing.
+    kept = {"cache_dir": tmp_path / "cache", "track_meta": True, "weights_only": False}
+    options = kept if of_monai is PersistentDataset else {}
+    files = of_monai(kept_items(folder), prepare, **options)
+    stored, raw = Dataset(Store(store), prepare), Store(store)
+    numbers = pq.read_table(store / INDEX)["dtype"].to_pylist()
+    for _ in range(2 if of_monai is PersistentDataset else 1):  # the second time out of its folder
+        for row, (one, other) in enumerate(zip(files, stored, strict=True)):
+            image, again = one["image"], other["image"]
+            assert (image.shape, image.dtype) == (again.shape, again.dtype)
+            # Whole numbers of sixteen bits give values to 2e-6, of which rounding may make the next float16.
+            gap = 2**-11 if numbers[row] == "int16" else 0
+            torch.testing.assert_close(image.as_tensor(), again.as_tensor(), rtol=0, atol=gap)
+            assert spacing_of(image) == pytest.approx(spacing_of(again))
+            assert degree_of(image) == degree_of(again) == raw[row]["anisotropy"]
+            assert [one[key] for key in ("modality", "source")] == [other[key] for key in ("modality", "source")]
+
+
+def test_values_of_the_store_are_those_of_the_files_to_the_stated_precision(folder, store):
+    prepare = Compose([ReadImaged("image"), ByModalityd("image")])
+    for one, other, number in zip(
+        Dataset(kept_items(folder), prepare), Dataset(Store(store), prepare), Store(store), strict=True
+    ):
+        image, again = one["image"].as_tensor(), other["image"].as_tensor()
+        # Whole numbers of eight and sixteen bits, or else float16.
+        bound = 2e-6 if number["image"].dtype != np.float16 else float(image.abs().max()) / 2048
+        assert float((image - again).abs().max()) <= bound
+
+
 def test_what_is_not_stored_is_listed_with_the_reason(folder, store):
     def listed(name):
         with store.with_name(f"{store.name}-{name}.csv").open(encoding="utf-8") as file:
@@ -181,8 +224,7 @@ def test_a_box_of_an_image_is_that_part_of_the_whole(store):
 
 @pytest.mark.parametrize("crop", [(32, 24), (8, 32, 24), (32, 32, 24)])
 def test_crops_of_the_store_and_of_the_files_are_alike(folder, store, crop):
-    items = [item for item in load_datalist(folder.with_name("list")) if "nan" not in item["image"]]
-    items = [item for item in items if "copy" not in item["image"]]
+    items = kept_items(folder)
     for image in items:
         image["alike"] = 1
     stored = Store(store)
