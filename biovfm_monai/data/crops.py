@@ -23,7 +23,7 @@ from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store, StoredImage
-from biovfm_monai.errors import InputError, is_unreadable, reason_of
+from biovfm_monai.errors import InputError, UnreadableError, is_unreadable, reason_of
 
 __all__ = ["RandomCropDataset"]
 
@@ -272,6 +272,11 @@ def _cached(
             data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
             as_contiguous=False,  # grey images shown as colour are in memory once
         )  # fmt: skip
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
+        remedy = "`biovfm pack` lists all such files, and leaves them out of its store, which can be trained on instead."
+        raise UnreadableError(f"{reason_of(error)} {remedy}") from error
     finally:
         _wait_for_readers()
 

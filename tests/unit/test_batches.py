@@ -61,11 +61,14 @@ def test_images_are_read_once_and_kept_in_memory(tmp_path, monkeypatch):
     assert len(read) == 1
 
 
+PIXELS = np.zeros((9, 9), np.uint8)
+
+
 def photos(folder, count):
     """Images of one grey level each, their number, read again for every crop."""
     items = []
     for number in range(count):
-        write_png(folder / f"{number}.png", np.full((9, 9), number, np.uint8))
+        write_png(folder / f"{number}.png", PIXELS + np.uint8(number))
         items.append({"image": str(folder / f"{number}.png"), "modality": "xray"})
     return RandomCropDataset(items, training_transform(1), (4, 4), cache_rate=0.0)
 
@@ -112,6 +115,13 @@ def test_too_many_images_that_break_end_the_run(tmp_path):
         (tmp_path / f"{broken}.png").unlink()
     with pytest.raises(InputError, match=r"4 of 6 images cannot be read any more, the last one: .*\d\.png"):
         [crops[n] for n in range(40)]
+
+
+def test_a_broken_file_among_those_kept_in_memory_is_named_with_what_lists_all_such_files(tmp_path):
+    items = [{"image": str(write_png(tmp_path / f"{n}.png", PIXELS)), "modality": "xray"} for n in range(3)]
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1\.png: .*Repair or remove the file\. `biovfm pack` lists all such files"):
+        RandomCropDataset(items, training_transform(1), (4, 4))
 
 
 def test_a_mistake_of_the_program_is_not_an_images_fault():
