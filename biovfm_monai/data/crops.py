@@ -23,7 +23,7 @@ from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
 from biovfm_monai.data.store import Store, StoredImage
-from biovfm_monai.errors import InputError, is_unreadable, reason_of
+from biovfm_monai.errors import InputError, UnreadableError, is_unreadable, reason_of
 
 __all__ = ["RandomCropDataset"]
 
@@ -42,8 +42,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     (https://github.com/function2-llx/PUMIT): a batch has one degree and one shape, thick slices are cut to fewer, and
     2D images, films, and volumes with fewer slices than the crop to one.
 
-    An image that cannot be read in the middle of a run is reported by name, and another one of its kind takes its
-    place, the same one in every run; those that are read in the beginning must all be good.
+    An image that cannot be read in the middle of a run is reported by name, and another one takes its place, drawn from
+    the mixture, the same one in every run; those that are read in the beginning must all be good.
 
     Args:
         data: datalist items, or a `Store`, of which only what a crop shows is read.
@@ -63,8 +63,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
     Raises:
         InputError: when there is no item, an image is too small, or a size, weight or share means nothing; later, when
-            more than one in a hundred images, and more than ten or half of a few, cannot be read any more. Images of a
-            store that are too small are left out, with a warning.
+            more than one in a hundred images, and more than ten or half of a few, cannot be read any more, as each
+            worker counts them. Images of a store that are too small are left out, with a warning.
     """
 
     def __init__(
@@ -131,16 +131,13 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         return [_floating(sample) for sample in samples]
 
     def _sample(self, number: int) -> dict[str, Any]:
-        row = self._row(number)
         for attempt in range(_ATTEMPTS):
+            # Also one that is known to be unreadable, since other processes know others.
+            row = self._row(number, attempt)
             try:
                 return self._sample_of(row, number)
             except Exception as error:  # noqa: BLE001 - MONAI wraps what a transform raises
                 self._set_aside(row, error)
-            alike = np.flatnonzero(self._degrees == self._degrees[row])
-            alike = alike if self._rows is None else np.intersect1d(alike, self._rows)
-            # Of those that are known to be unreadable, too: other processes know others.
-            row = int(np.random.default_rng((self.seed, number, 2 + attempt)).choice(alike))
         raise InputError(f"{_ATTEMPTS} images in a row cannot be read, see above. Repair or remove them.")
 
     def _set_aside(self, row: int, error: Exception) -> None:
@@ -202,7 +199,10 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             zoom[0] *= np.exp(generator.uniform(-1, 1) * np.log(_STRETCH))
         return np.clip(np.rint(target * zoom), 1, size).astype(np.int64)
 
-    def _row(self, number: int) -> int:
+    def _row(self, number: int, attempt: int) -> int:
+        if attempt:
+            row = int(self._mixture.rows([number], attempt)[0])
+            return row if self._rows is None else int(self._rows[row])
         block, place = divmod(number, _BLOCK)
         if self._drawn[0] != block:
             rows = self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
@@ -272,6 +272,13 @@ def _cached(
             data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
             as_contiguous=False,  # grey images shown as colour are in memory once
         )  # fmt: skip
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
+        remedy = (
+            "`biovfm pack` lists all such files, and leaves them out of its store, which can be trained on instead."
+        )
+        raise UnreadableError(f"{reason_of(error)} {remedy}") from error
     finally:
         _wait_for_readers()
 
