@@ -685,8 +685,8 @@ def test_a_file_and_a_folder_that_may_not_be_read_are_named():
         png(folder / "secret.png")
         slice_(folder / "secret.dcm")
         series(folder / "shut")
-        for name in ("secret.png", "secret.dcm", "shut"):
-            (folder / name).chmod(0)
+        for secret in ("secret.png", "secret.dcm", "shut"):
+            (folder / secret).chmod(0)
         with somebody():
             if not os.path.lexists(folder / "secret.png"):
                 pytest.skip("only root may enter the folder for temporary files")
