@@ -230,9 +230,7 @@ def _cached(
     except Exception as error:
         if not is_unreadable(error):
             raise
-        remedy = (
-            "`biovfm pack` lists all such files, and leaves them out of its store, which can be trained on instead."
-        )
+        remedy = "`biovfm pack` lists all such files, and leaves them out of its store, which can be trained on, too."
         raise UnreadableError(f"{reason_of(error)} {remedy}") from error
     finally:
         _wait_for_readers()

@@ -679,8 +679,8 @@ def somebody():
 @pytest.mark.timeout(60)
 def test_a_file_and_a_folder_that_may_not_be_read_are_named():
     # Nobody else may enter the folders that pytest makes.
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         folder.chmod(0o755)
         png(folder / "secret.png")
         slice_(folder / "secret.dcm")

@@ -427,12 +427,7 @@ def seen(crops, workers=0):
         made, degree = views(batch, torch.device("cpu")), int(batch["anisotropy"][0])
         drawn = view.draw(batch["image"], degree, batch["key"], batch["modality"])
         keep, _ = random_mask(batch["key"], 64, 0.75)
-        exact = [
-            shares(batch["image"]),
-            drawn.maps,
-            *(of for of in drawn.changes if isinstance(of, torch.Tensor)),
-            keep,
-        ]
+        exact = [shares(batch["image"]), drawn.maps, *drawn.changes, keep]
         for n, key in enumerate(batch["key"].tolist()):
             content = b"".join(of[n].contiguous().numpy().tobytes() for of in exact)
             samples.append((key, batch["modality"][n], sha256(content).hexdigest()))
