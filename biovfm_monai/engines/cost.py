@@ -1,0 +1,223 @@
+"""What a training step costs, counted without weights in memory: https://pytorch.org/docs/stable/meta.html.
+
+A method, its views and its optimizer run on the meta device, whose tensors have shapes and no numbers. Operations are
+those that `torch.utils.flop_counter` counts, with attention as the plain products that it knows on any device.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from biovfm_monai.methods import SSLMethod
+from biovfm_monai.networks import SoftTokenizer, ViT
+
+__all__ = ["Memory", "flops_of", "imagined", "memory_of", "outlined", "tokens_of"]
+
+_META = torch.device("meta")
+_IMAGES = ("image", "global_crops", "local_crops")
+# What autocast computes in half precision, of the functions that networks here call.
+_LOWERED = {
+    F.linear, F.conv2d, F.conv3d, F.conv_transpose2d, F.conv_transpose3d, F.scaled_dot_product_attention, torch.matmul,
+    torch.bmm, torch.mm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm,
+}  # fmt: skip
+# Up to this length our blocks take the plain products of bfloat16 on CPUs, which keep all weights of attention.
+_PLAIN = 1024
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, of tensors alone: neither Python's and the libraries' own nor what an allocator holds back.
+
+    Attributes:
+        weights: of all parameters and buffers, a teacher's, too.
+        gradients: of all that is trained.
+        optimizer: what it keeps of each parameter.
+        activations: all else at the moment when most is in use: what the backward pass needs, views, short-lived ones.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(self)
+
+
+def imagined(method: SSLMethod) -> SSLMethod:
+    """A copy of a method on the meta device, in training mode; the method's own weights are not copied."""
+    memo: dict[int, Any] = {}
+    for tensor in [*method.parameters(), *method.buffers()]:
+        empty = torch.empty_like(tensor, device=_META)
+        trains = tensor.requires_grad
+        memo[id(tensor)] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(method, memo).train()
+
+
+def outlined(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with the shapes of its images in place of them."""
+    return {name: x.detach().to(_META) if name in _IMAGES else x for name, x in batch.items()}
+
+
+def flops_of(method: SSLMethod, batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Floating-point operations of a batch: of the forward pass, and of forward and backward together.
+
+    Only products of matrices and convolutions count, twice their multiplications; what depends on an image's numbers,
+    such as whether a discriminator is winning, counts as if it were so.
+
+    Args:
+        method: as from `imagined`; what it changes in a forward pass has no numbers there.
+        batch: as the method takes it, `outlined`.
+    """
+    with _Alive(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
+        torch.manual_seed(0)
+        with FlopCounterMode(display=False) as counter:
+            loss = method(batch)["loss"]
+            forward = counter.get_total_flops()
+            loss.backward()
+        method.zero_grad()
+    return forward, counter.get_total_flops()
+
+
+def memory_of(
+    method: SSLMethod,
+    make_batch: Callable[[], Mapping[str, Any]],
+    make_optimizer: Callable[[SSLMethod], torch.optim.Optimizer],
+    dtype: torch.dtype | None = None,
+    device: str = "cuda",
+) -> Memory:
+    """Memory of one training step, forward, backward and the optimizer's, when most is in use.
+
+    Args:
+        method: as from `imagined`.
+        make_batch: makes the views, on the meta device.
+        make_optimizer: of the method's parameters.
+        dtype: of autocast; None without.
+        device: type of the device to plan for; attention keeps less for the backward pass on a GPU.
+    """
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    with _Alive() as alive, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for x in [*method.parameters(), *method.buffers()]:
+            alive.note(x)
+        weights = alive.now
+        optimizer = make_optimizer(method)
+        for group in optimizer.param_groups:
+            # Fused steps, which need no more memory than the states, do not know the meta device.
+            group.update({name: False for name in ("fused", "foreach") if name in group})
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        gradients = alive.now - weights
+        optimizer.step()
+        states = alive.now - gradients - weights
+        optimizer.zero_grad()
+        alive.peak = alive.now
+        with _Lowered(dtype, device):
+            loss = method(make_batch())["loss"]
+        loss.backward()
+        return Memory(weights, gradients, states, alive.peak - weights - gradients - states)
+
+
+def tokens_of(encoder: ViT | SoftTokenizer, batch: Mapping[str, Any]) -> int:
+    """Patches of all views of a batch, those that a method hides, too; of a tokenizer its soft tokens."""
+    count = 0
+    for name in _IMAGES:
+        if name in batch:
+            views = batch[name]
+            leading = 1 if name == "image" else 2
+            size = views.shape[leading + 1 :]
+            size = (1, *size) if len(size) == 2 else tuple(size)
+            given = batch.get("anisotropy")
+            degree = int(torch.as_tensor(given).max()) if given is not None else 5 if size[0] == 1 else 0
+            grid = (n // side for n, side in zip(size, _token(encoder, degree), strict=True))
+            count += math.prod(views.shape[:leading]) * math.prod(grid)
+    return count
+
+
+def _token(encoder: ViT | SoftTokenizer, degree: int) -> tuple[int, int, int]:
+    """Voxels of a token along depth, height and width."""
+    if isinstance(encoder, SoftTokenizer):
+        return max(encoder.stride >> degree, 1), encoder.stride, encoder.stride
+    return encoder.patch_embed.stride(degree)
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of meta tensors that are made while it is active and not gone yet, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.is_meta:
+                self.note(x)
+        return made
+
+    def note(self, x: Tensor) -> None:
+        """Count a tensor, once however many share its storage."""
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            del self._seen[key]
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Lowered(TorchFunctionMode):
+    """Autocast for the meta device, which has none, and the attention of another device."""
+
+    def __init__(self, dtype: torch.dtype | None, device: str) -> None:
+        super().__init__()
+        self.dtype, self.device = dtype, device
+        self._weights: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dtype is not None and func in _LOWERED:
+            args, kwargs = tree_map_only(Tensor, self._lowered, (args, kwargs))
+        if func is F.scaled_dot_product_attention and not self._is_plain(args[0]):
+            # Every fused kernel keeps for the backward pass what this one does.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: object) -> None:
+        self._weights.clear()
+        super().__exit__(*error)
+
+    def _is_plain(self, q: Tensor) -> bool:
+        return not q.is_meta or (self.device == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN)
+
+    def _lowered(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or not x.is_meta:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(self.dtype)
+        # Weights are cast once, and kept until the end of the forward pass.
+        if id(x) not in self._weights:
+            self._weights[id(x)] = x.to(self.dtype)
+        return self._weights[id(x)]
