@@ -1,14 +1,19 @@
 """The Ignite engine that trains any method, and its handlers."""
 
+from biovfm_monai.engines.budget import epochs_for
 from biovfm_monai.engines.collapse import CollapseHandler
 from biovfm_monai.engines.export import EncoderHandler
 from biovfm_monai.engines.pictures import ReconstructionHandler
+from biovfm_monai.engines.plan import make_plan
+from biovfm_monai.engines.plan_report import report_plans
+from biovfm_monai.engines.profiling import ProfileHandler
 from biovfm_monai.engines.progress import ProgressHandler
 from biovfm_monai.engines.resume import StateHandler
-from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups
+from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scaled_rate
 from biovfm_monai.engines.trainer import PretrainingTrainer, fast_precision
 
 __all__ = [
-    "CollapseHandler", "EncoderHandler", "PretrainingTrainer", "ProgressHandler", "ReconstructionHandler",
-    "StateHandler", "WarmupCosine", "fast_precision", "parameter_groups",
+    "CollapseHandler", "EncoderHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
+    "ReconstructionHandler", "StateHandler", "WarmupCosine", "epochs_for", "fast_precision", "make_plan", "parameter_groups",
+    "report_plans", "scaled_rate",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from biovfm_monai.data import MultiCrop, RandomResizedCrop
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
 
-__all__ = ["Memory", "flops_of", "imagined", "memory_of", "outlined", "tokens_of"]
+__all__ = ["Cost", "Memory", "blank_batch", "cost_of", "flops_of", "imagined", "memory_of", "outlined", "tokens_of"]
 
 _META = torch.device("meta")
 _IMAGES = ("image", "global_crops", "local_crops")
@@ -35,6 +36,20 @@ _LOWERED = {
 }  # fmt: skip
 # Up to this length our blocks take the plain products of bfloat16 on CPUs, which keep all weights of attention.
 _PLAIN = 1024
+
+
+class Cost(NamedTuple):
+    """What an image costs.
+
+    Attributes:
+        tokens: as `tokens_of` counts them.
+        forward: floating-point operations of the forward pass.
+        flops: of forward and backward together.
+    """
+
+    tokens: float
+    forward: float
+    flops: float
 
 
 class Memory(NamedTuple):
@@ -68,6 +83,29 @@ def imagined(method: SSLMethod) -> SSLMethod:
     return copy.deepcopy(method, memo).train()
 
 
+def blank_batch(
+    method: SSLMethod, views: RandomResizedCrop | MultiCrop, crop_size: Sequence[int], count: int
+) -> dict[str, Any]:
+    """The views of so many images, isotropic ones where they are volumes, on the meta device.
+
+    Args:
+        method: whose encoder tells the number of channels.
+        views: made of crops.
+        crop_size: (height, width) or (depth, height, width).
+        count: of images.
+    """
+    size = (1, *crop_size) if len(crop_size) == 2 else tuple(crop_size)
+    image = torch.empty(count, method.encoder.in_channels, *size, device=_META)
+    batch = {"image": image, "key": torch.arange(count)}
+    return views.blank(batch | ({"anisotropy": 0} if len(crop_size) == 3 else {}))
+
+
+def cost_of(method: SSLMethod, batch: Mapping[str, Any], count: int) -> Cost:
+    """Costs of each of a batch's images, `method` and `batch` as in `flops_of`."""
+    forward, flops = flops_of(method, batch)
+    return Cost(tokens_of(getattr(method, "encoder", None), batch) / count, forward / count, flops / count)
+
+
 def outlined(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch with the shapes of its images in place of them."""
     return {name: x.detach().to(_META) if name in _IMAGES else x for name, x in batch.items()}
@@ -96,7 +134,7 @@ def flops_of(method: SSLMethod, batch: Mapping[str, Any]) -> tuple[int, int]:
 def memory_of(
     method: SSLMethod,
     make_batch: Callable[[], Mapping[str, Any]],
-    make_optimizer: Callable[[SSLMethod], torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     dtype: torch.dtype | None = None,
     device: str = "cuda",
 ) -> Memory:
@@ -105,7 +143,7 @@ def memory_of(
     Args:
         method: as from `imagined`.
         make_batch: makes the views, on the meta device.
-        make_optimizer: of the method's parameters.
+        optimizer: of the method's parameters; left without states.
         dtype: of autocast; None without.
         device: type of the device to plan for; attention keeps less for the backward pass on a GPU.
     """
@@ -115,7 +153,6 @@ def memory_of(
         for x in [*method.parameters(), *method.buffers()]:
             alive.note(x)
         weights = alive.now
-        optimizer = make_optimizer(method)
         for group in optimizer.param_groups:
             # Fused steps, which need no more memory than the states, do not know the meta device.
             group.update({name: False for name in ("fused", "foreach") if name in group})
@@ -129,12 +166,19 @@ def memory_of(
         with _Lowered(dtype, device):
             loss = method(make_batch())["loss"]
         loss.backward()
-        return Memory(weights, gradients, states, alive.peak - weights - gradients - states)
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    return Memory(weights, gradients, states, alive.peak - weights - gradients - states)
 
 
-def tokens_of(encoder: ViT | SoftTokenizer, batch: Mapping[str, Any]) -> int:
-    """Patches of all views of a batch, those that a method hides, too; of a tokenizer its soft tokens."""
+def tokens_of(encoder: nn.Module | None, batch: Mapping[str, Any]) -> int:
+    """Patches of all views of a batch, those that a method hides, too; of a tokenizer its soft tokens.
+
+    Zero of an encoder of another kind, which has no tokens that are known here.
+    """
     count = 0
+    if not isinstance(encoder, ViT | SoftTokenizer):
+        return 0
     for name in _IMAGES:
         if name in batch:
             views = batch[name]
