@@ -129,7 +129,7 @@ def main() -> None:
             data = volumes if names[0] == "mri_mae_pretraining" else samples
             done = subprocess.run([*command, "--dataset_dir", data], check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            planned, measured = plan.memory.total / 2**20, found["bytes"] / 2**20
+            planned, measured = plan.memory.peak / 2**20, found["bytes"] / 2**20
             print(
                 f"{name:42} {planned:5.0f} MiB {measured:5.0f} MiB {planned / measured:6.2f}  "
                 f"{plan.cost.flops:.6e} {found['flops']:.6e}",

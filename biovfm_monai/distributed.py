@@ -1,7 +1,7 @@
 """Ranks, process groups, the launcher's environment and signals; the only file that knows of them.
 
-Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed. Tensors of the meta
-device, on which costs are counted, are sent to nobody.
+Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed. Tensors of the
+meta device, on which costs are counted, are sent to nobody.
 """
 
 from __future__ import annotations

@@ -14,6 +14,6 @@ from biovfm_monai.engines.trainer import PretrainingTrainer, fast_precision
 
 __all__ = [
     "CollapseHandler", "EncoderHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
-    "ReconstructionHandler", "StateHandler", "WarmupCosine", "epochs_for", "fast_precision", "make_plan", "parameter_groups",
-    "report_plans", "scaled_rate",
+    "ReconstructionHandler", "StateHandler", "WarmupCosine", "epochs_for", "fast_precision", "make_plan",
+    "parameter_groups", "report_plans", "scaled_rate",
 ]  # fmt: skip

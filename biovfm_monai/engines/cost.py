@@ -59,18 +59,15 @@ class Memory(NamedTuple):
         weights: of all parameters and buffers, a teacher's, too.
         gradients: of all that is trained.
         optimizer: what it keeps of each parameter.
-        activations: all else at the moment when most is in use: what the backward pass needs, views, short-lived ones.
+        activations: views, and what the forward pass keeps for the backward pass.
+        peak: most that is in use at once, short-lived tensors, too; the last gradients come when activations are gone.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return sum(self)
+    peak: int
 
 
 def imagined(method: SSLMethod) -> SSLMethod:
@@ -165,10 +162,11 @@ def memory_of(
         alive.peak = alive.now
         with _Lowered(dtype, device):
             loss = method(make_batch())["loss"]
+        activations = alive.now - weights - states
         loss.backward()
     optimizer.zero_grad()
     optimizer.state.clear()
-    return Memory(weights, gradients, states, alive.peak - weights - gradients - states)
+    return Memory(weights, gradients, states, activations, alive.peak)
 
 
 def tokens_of(encoder: nn.Module | None, batch: Mapping[str, Any]) -> int:

@@ -110,7 +110,7 @@ def make_plan(
         encoder_parameters=_count(method.encoder), parameters=_count(method), cost=cost,
         samples=epochs * steps * batch_size, steps=epochs * steps, batch_size=batch_size, micro_batch=micro,
         processes=processes, precision=precision, device=device, memory=used, sharded=_sharded(method, used, processes),
-        largest_micro_batch=None if memory is None else _largest(lambda n: memory_with(n).total, memory * 2**30),
+        largest_micro_batch=None if memory is None else _largest(lambda n: memory_with(n).peak, memory * 2**30),
     )  # fmt: skip
 
 
@@ -179,8 +179,7 @@ def _sharded(method: SSLMethod, memory: Memory, processes: int) -> int:
     sizes = [sum(4 * p.numel() for p in block.parameters()) for block in blocks] or [0]
     outside = max(memory.weights - sum(sizes), 0)
     shared = (memory.weights + memory.gradients + memory.optimizer) / processes
-    whole = outside + 3 * max(sizes)
-    return round(min(shared + whole, memory.total - memory.activations) + memory.activations)
+    return min(round(shared + outside + 3 * max(sizes) + memory.activations), memory.peak)
 
 
 def _largest(total: Callable[[int], int], room: float) -> int:

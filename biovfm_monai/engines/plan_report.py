@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from biovfm_monai.engines.cost import Memory
 from biovfm_monai.engines.plan import Plan, make_plan, measured_rate
 from biovfm_monai.errors import InputError, require_within
 
@@ -39,8 +40,10 @@ def report_plans(
             raise InputError("price needs a rate, which tells the time. Give --rate, in FLOP/s of a device.")
     if grid is None:
         return _listing(make_plan(files, overrides, processes, memory), speed, price)
-    if not isinstance(grid, Mapping) or not all(isinstance(values, list | tuple) and values for values in grid.values()):
-        raise InputError(f"grid {grid!r} must have a list of values for each key. Give such as {{'batch_size':[64,128]}}.")
+    if not isinstance(grid, Mapping) or not all(isinstance(found, list | tuple) and found for found in grid.values()):
+        raise InputError(
+            f"grid {grid!r} must have a list of values for each key. Give such as {{'batch_size':[8,16]}}."
+        )
     rows: list[dict[str, str]] = []
     for values in itertools.product(*grid.values()):
         plan = make_plan(files, {**overrides, **dict(zip(grid, values, strict=True))}, processes, memory)
@@ -52,16 +55,16 @@ def report_plans(
 def _listing(plan: Plan, speed: float | None, price: float | None) -> str:
     """All of one plan, a line for each matter."""
     cost, memory = plan.cost, plan.memory
+    tokens = cost.tokens * plan.samples
+    run = f"{plan.steps:,} steps, {plan.samples:,} images, {tokens:.4g} tokens, {plan.flops:.4g} FLOPs"
+    parts = ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in Memory._fields if name != "peak")
     lines = [
         ("parameters", f"{plan.encoder_parameters:,} of the encoder, {plan.parameters:,} in all"),
         ("an image", f"{cost.tokens:,.0f} tokens, {cost.forward:.4g} FLOPs forward, {cost.flops:.4g} with backward"),
         ("a step", f"{plan.batch_size} images, {plan.micro_batch} at once on each of {plan.processes} process(es)"),
-        ("the run", f"{plan.steps:,} steps, {plan.samples:,} images, {cost.tokens * plan.samples:.4g} tokens, "
-                    f"{plan.flops:.4g} FLOPs"),
-        ("memory", f"{_gib(memory.total)} ({plan.precision}, {plan.device}): weights {_gib(memory.weights)}, gradients "
-                   f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations "
-                   f"{_gib(memory.activations)}"),
-    ]  # fmt: skip
+        ("the run", run),
+        ("memory", f"{_gib(memory.peak)} at most ({plan.precision}, {plan.device}); {parts}"),
+    ]
     if plan.processes > 1:
         lines.append(("sharded", f"{_gib(plan.sharded)}, weights, gradients and optimizer shared out over processes"))
     if plan.largest_micro_batch is not None:
@@ -78,7 +81,7 @@ def _cells(plan: Plan, speed: float | None, price: float | None) -> dict[str, st
     cells = {
         "parameters": f"{plan.parameters:,}", "FLOPs/image": f"{plan.cost.flops:.4g}",
         "tokens/image": f"{plan.cost.tokens:,.0f}", "images": f"{plan.samples:,}", "FLOPs": f"{plan.flops:.4g}",
-        "memory": _gib(plan.memory.total),
+        "memory": _gib(plan.memory.peak),
     }  # fmt: skip
     if plan.processes > 1:
         cells["sharded"] = _gib(plan.sharded)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from ignite.engine import Engine, Events
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,10 +64,10 @@ class ProfileHandler:
             spans = [(event.time_range.start, event.time_range.end, event.name) for event in self._profile.events()]
             traced = _covered((start, end) for start, end, _ in spans)
             talk = _covered((start, end) for start, end, name in spans if name.startswith(_TALK))
-            engine.state.metrics["communication"] = talk / traced if traced else 0.0
+            engine.state.metrics["communication"] = share = talk / traced if traced else 0.0
             self._profile = None
             if distributed.is_main():
-                logger.info("%s: %d iterations, of which %.0f%% communication", path, self.iterations, 100 * talk / traced)
+                logger.info("%s: %d iterations, of which %.0f%% communication", path, self.iterations, 100 * share)
 
     def _give_up(self, _: Engine, error: BaseException | None = None) -> None:
         if self._profile is not None:

@@ -1,4 +1,4 @@
-"""How well a run uses its devices: model FLOPs utilisation, as in PaLM (https://arxiv.org/abs/2204.02311), and memory."""
+"""How well a run uses its device: model FLOPs utilisation as in PaLM (https://arxiv.org/abs/2204.02311), and memory."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_planned_memory_has_all_weights_gradients_and_two_states_of_each():
     memory = planned_memory(method, 4)
     assert (memory.weights, memory.gradients) == (size, size)
     assert memory.optimizer == pytest.approx(2 * size, rel=1e-3)
-    assert memory.total == sum(memory)
+    assert max(memory[:4]) < memory.peak <= sum(memory[:4]) * 1.1
 
 
 def test_planned_activations_are_what_the_backward_pass_holds_on_to():
@@ -86,8 +86,7 @@ def test_planned_activations_are_what_the_backward_pass_holds_on_to():
     own = {p.untyped_storage().data_ptr() for p in method.parameters()}
     held = sum(size for place, size in kept.items() if place not in own)
     assert loss.isfinite()
-    # At its peak there are also views, and what the backward pass has made of the last layers.
-    assert held < planned_memory(method, 64).activations < 1.3 * held
+    assert planned_memory(method, 64).activations == pytest.approx(held, rel=0.05)
 
 
 def test_half_precision_and_fused_attention_are_planned_with_less_memory():
@@ -116,7 +115,7 @@ def test_a_frozen_part_is_planned_without_gradients_and_states():
     ],
 )
 def test_tokens_are_the_patches_of_all_views(views, crop_size, tokens):
-    network = imagined(MAE(ViT(1, views.still_view(torch.zeros(1, 1, *([1] * (3 - len(crop_size))), *crop_size)).shape[2:], 8, 24, 1, 3)))
+    network = imagined(MAE(ViT(1, (16, 32, 32)[-len(crop_size) :], 8, 24, 1, 3)))
     assert tokens_of(network.encoder, blank_batch(network, views, crop_size, 5)) == 5 * tokens
 
 
@@ -132,14 +131,14 @@ def test_a_plan_of_a_bundle_counts_its_networks_steps_and_images():
     assert (plan.steps, plan.samples, plan.micro_batch) == (10, 80, 2)
     assert plan.cost.tokens == 64
     assert plan.parameters > plan.encoder_parameters > 0
-    assert plan.sharded <= plan.memory.total
+    assert plan.sharded <= plan.memory.peak
     assert plan.flops == 80 * plan.cost.flops
     assert plan.hours(plan.flops / 7200) == pytest.approx(1)
 
 
 def test_the_largest_micro_batch_fits_and_one_image_more_does_not():
     given = {**SMALL, "batch_size": 1}
-    room = make_plan([TRAIN], {**given, "batch_size": 41}).memory.total
+    room = make_plan([TRAIN], {**given, "batch_size": 41}).memory.peak
     assert make_plan([TRAIN], given, memory=room / 2**30).largest_micro_batch == 41
     assert make_plan([TRAIN], given, memory=(room - 1) / 2**30).largest_micro_batch == 40
     assert make_plan([TRAIN], given, memory=0.001).largest_micro_batch == 0
@@ -207,7 +206,7 @@ def test_a_plan_tells_time_and_cost_by_the_rate_that_a_run_has_logged(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in ({"step": 1}, {"flops_per_second_per_device": 2e9})))
     text = cli.plan(TRAIN, rate=str(log), price=3, memory=1, **SMALL)
-    for part in ("parameters", "tokens", "FLOPs forward", "GiB (fp32, cpu)", "fits", "2e+09 FLOP/s a device, "):
+    for part in ("parameters", "tokens", "FLOPs forward", "GiB at most (fp32, cpu)", "fits", "2e+09 FLOP/s a device, "):
         assert part in text
 
 
