@@ -176,7 +176,7 @@ def _sharded(method: SSLMethod, memory: Memory, processes: int) -> int:
     blocks is whole all the time (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
     """
     blocks = [part for parts in method.modules() if isinstance(parts, nn.ModuleList) for part in parts]
-    sizes = [sum(4 * p.numel() for p in block.parameters()) for block in blocks] or [0]
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks] or [0]
     outside = max(memory.weights - sum(sizes), 0)
     shared = (memory.weights + memory.gradients + memory.optimizer) / processes
     return min(round(shared + outside + 3 * max(sizes) + memory.activations), memory.peak)
