@@ -1,10 +1,11 @@
 """What `biovfm plan` says of a step's memory and operations, against real steps on the CPU.
 
-    python benchmarks/plan_memory.py [--threads 1]
+    python benchmarks/plan_memory.py [--threads 1] [--room 1.25]
 
 Each row is a process of its own that trains a shipped bundle with an overlay or two for two steps, with its own views
 and optimizer. "measured" is how far its resident memory rose at most, from when the data were read, libraries loaded
 and warm, to the end of the second step. Operations are counted by torch's counter around the method's real pass.
+The last row is the largest micro-batch that is planned to fit into a room.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+FITTED = "MAE ViT-S/16, 224 px, batch 16"
+
 
 def files_of(names: list[str]) -> list[str]:
     """The configuration of a bundle, and of overlays."""
@@ -78,10 +81,9 @@ def write_volumes(folder: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), folder / f"{number}.nii.gz")
 
 
-def measure(name: str, dataset_dir: str, threads: int) -> dict[str, float]:
+def measure(names: list[str], overrides: dict[str, Any], dataset_dir: str, threads: int) -> dict[str, float]:
     """Train two steps, and count the operations of one batch."""
     torch.set_num_threads(threads)
-    names, overrides = RUNS[name]
     parser = ConfigParser()
     parser.read_config(files_of(names))
     parser.update(
@@ -109,32 +111,43 @@ def measure(name: str, dataset_dir: str, threads: int) -> dict[str, float]:
     return {"bytes": risen, "flops": counter.get_total_flops() / len(batch["key"])}
 
 
+def compare(name: str, names: list[str], overrides: dict[str, Any], dataset_dir: str, threads: int) -> None:
+    """Print the row of one run."""
+    plan = make_plan(files_of(names), {**FP32, **overrides})
+    given = json.dumps([names, overrides, dataset_dir, threads])
+    done = subprocess.run([sys.executable, __file__, "--run", given], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    planned, measured = plan.memory.peak / 2**20, found["bytes"] / 2**20
+    print(
+        f"{name:42} {planned:5.0f} MiB {measured:5.0f} MiB {planned / measured:6.2f}  "
+        f"{plan.cost.flops:.6e} {found['flops']:.6e}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--room", type=float, default=1.25, help="GiB, of which the largest micro-batch is found and run"
+    )
     parser.add_argument("--run", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--dataset_dir", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(measure(arguments.run, arguments.dataset_dir, arguments.threads)))
+        print(json.dumps(measure(*json.loads(arguments.run))))
         return
     print(f"{'run':42} {'planned':>9} {'measured':>9} {'ratio':>6}  FLOPs per image, planned and counted")
     with tempfile.TemporaryDirectory() as folder:
         volumes, samples = f"{folder}/volumes", write_samples(f"{folder}/samples")
         write_volumes(Path(volumes))
         for name, (names, overrides) in RUNS.items():
-            plan = make_plan(files_of(names), {**FP32, **overrides})
-            command = [sys.executable, __file__, "--run", name, "--threads", str(arguments.threads)]
             data = volumes if names[0] == "mri_mae_pretraining" else samples
-            done = subprocess.run([*command, "--dataset_dir", data], check=True, capture_output=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            planned, measured = plan.memory.peak / 2**20, found["bytes"] / 2**20
-            print(
-                f"{name:42} {planned:5.0f} MiB {measured:5.0f} MiB {planned / measured:6.2f}  "
-                f"{plan.cost.flops:.6e} {found['flops']:.6e}",
-                flush=True,
-            )
+            compare(name, names, overrides, data, arguments.threads)
+        names, overrides = RUNS[FITTED]
+        largest = make_plan(files_of(names), {**FP32, **overrides}, memory=arguments.room).largest_micro_batch
+        name = f"MAE ViT-S/16, in {arguments.room} GiB: batch {largest}"
+        compare(name, names, {**overrides, "batch_size": largest}, samples, arguments.threads)
 
 
 if __name__ == "__main__":
