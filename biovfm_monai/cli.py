@@ -87,6 +87,18 @@ def pack(
     return run(str(datalist), str(out), spacing, presets, modality, [str(b) for b in benchmarks], salt, num_workers)
 
 
+def verify(store: str, num_workers: int = -1) -> str:
+    """Read all of a store, and compare each image with the checksum that it was packed with.
+
+    Args:
+        store: folder that `biovfm pack` wrote.
+        num_workers: processes; -1 for all cores.
+    """
+    from biovfm_monai.data import verify as run  # noqa: PLC0415
+
+    return run(str(store), num_workers)
+
+
 def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str | None = None) -> str:
     """Write one vector per image, for image files and for all images below folders.
 
@@ -227,6 +239,7 @@ def main() -> None:
             "quickstart": quickstart,
             "index": index,
             "pack": pack,
+            "verify": verify,
             "embed": embed,
             "info": info,
             "plan": plan,

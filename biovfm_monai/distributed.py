@@ -19,12 +19,11 @@ import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from monai.data import utils as monai_data
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 __all__ = [
     "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "heeding_signals", "initialize", "is_main",
-    "leave_unfinished", "mean", "most", "parallel", "rank", "total", "worker_init_fn", "world_size",
+    "leave_unfinished", "local_world_size", "mean", "most", "rank", "total", "worker_init_fn", "world_size",
 ]  # fmt: skip
 
 RESTART = 75
@@ -125,6 +124,11 @@ def rank() -> int:
     return int(idist.get_rank())
 
 
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def world_size() -> int:
     """How many processes train together."""
     return int(idist.get_world_size())
@@ -197,13 +201,3 @@ class _Total(torch.autograd.Function):
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient
-
-
-def parallel(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """Move `module` to `device` and average its gradients over all processes (DDP), if there are several."""
-    target = torch.device(device)
-    module = module.to(target)
-    if world_size() == 1:
-        return module
-    ids = [target] if target.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)

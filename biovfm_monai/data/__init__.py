@@ -18,11 +18,12 @@ from biovfm_monai.data.reading import ReadImaged, read_image
 from biovfm_monai.data.samples import sample_datalist, write_samples
 from biovfm_monai.data.sampling import GlobalBatchSampler
 from biovfm_monai.data.store import Store
+from biovfm_monai.data.verify import verify
 from biovfm_monai.data.views import MultiCrop, RandomResizedCrop
 
 __all__ = [
     "NATURAL", "POLICIES", "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture",
     "MultiCrop", "Policy", "RandomCropDataset", "RandomResizedCrop", "ReadImaged", "Store", "encoder_transform",
     "find_images", "geometric", "index", "load_datalist", "pack", "read_image", "sample_datalist", "subset",
-    "training_transform", "with_chances", "write_samples",
+    "training_transform", "verify", "with_chances", "write_samples",
 ]  # fmt: skip

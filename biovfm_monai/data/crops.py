@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.dummy import DummyProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from biovfm_monai.anisotropy import spacing_of
+from biovfm_monai.data.columns import columns_of_items, columns_of_store, cut_degree, labels_of, least_size
 from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
-from biovfm_monai.data.preprocessing import crop_of_degree, degree_of, source_of
+from biovfm_monai.data.preprocessing import crop_of_degree, source_of
 from biovfm_monai.data.store import Store, StoredImage
-from biovfm_monai.errors import InputError, is_unreadable, reason_of
+from biovfm_monai.errors import InputError, UnreadableError, is_unreadable, reason_of
 
 __all__ = ["RandomCropDataset"]
 
@@ -42,8 +42,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     (https://github.com/function2-llx/PUMIT): a batch has one degree and one shape, thick slices are cut to fewer, and
     2D images, films, and volumes with fewer slices than the crop to one.
 
-    An image that cannot be read in the middle of a run is reported by name, and another one of its kind takes its
-    place, the same one in every run; those that are read in the beginning must all be good.
+    An image that cannot be read in the middle of a run is reported by name, and another one takes its place, drawn from
+    the mixture, the same one in every run; those that are read in the beginning must all be good.
 
     Args:
         data: datalist items, or a `Store`, of which only what a crop shows is read.
@@ -63,8 +63,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
     Raises:
         InputError: when there is no item, an image is too small, or a size, weight or share means nothing; later, when
-            more than one in a hundred images, and more than ten or half of a few, cannot be read any more. Images of a
-            store that are too small are left out, with a warning.
+            more than one in a hundred images, and more than ten or half of a few, cannot be read any more, as each
+            worker counts them. Images of a store that are too small are left out, with a warning.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         self._transform: Callable[[Any], Any] | None
         if isinstance(data, Store):
             self.images, self._transform = data, transform
-            columns = _columns_of_store(data, self.crop_size, self.zoom[0])
+            columns = columns_of_store(data, self.crop_size, self.zoom[0])
             if fraction != 1:
                 columns.usable[:] &= subset(columns.source, fraction, seed)
         else:
@@ -100,7 +100,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])]).flatten()
             self.images, self._transform = _cached(items, checked, cache_rate, num_workers), None
             volumes = self.images if self.volumes else ()
-            columns = _columns_of_items(items, volumes, self.crop_size, self.zoom[0])
+            columns = columns_of_items(items, volumes, self.crop_size, self.zoom[0])
         self._degrees = columns.degrees
         # All of 20 million rows need no list of them.
         self._rows = None if columns.usable.all() else np.flatnonzero(columns.usable)
@@ -131,16 +131,13 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         return [_floating(sample) for sample in samples]
 
     def _sample(self, number: int) -> dict[str, Any]:
-        row = self._row(number)
         for attempt in range(_ATTEMPTS):
+            # Also one that is known to be unreadable, since other processes know others.
+            row = self._row(number, attempt)
             try:
                 return self._sample_of(row, number)
             except Exception as error:  # noqa: BLE001 - MONAI wraps what a transform raises
                 self._set_aside(row, error)
-            alike = np.flatnonzero(self._degrees == self._degrees[row])
-            alike = alike if self._rows is None else np.intersect1d(alike, self._rows)
-            # Of those that are known to be unreadable, too: other processes know others.
-            row = int(np.random.default_rng((self.seed, number, 2 + attempt)).choice(alike))
         raise InputError(f"{_ATTEMPTS} images in a row cannot be read, see above. Repair or remove them.")
 
     def _set_aside(self, row: int, error: Exception) -> None:
@@ -202,7 +199,10 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             zoom[0] *= np.exp(generator.uniform(-1, 1) * np.log(_STRETCH))
         return np.clip(np.rint(target * zoom), 1, size).astype(np.int64)
 
-    def _row(self, number: int) -> int:
+    def _row(self, number: int, attempt: int) -> int:
+        if attempt:
+            row = int(self._mixture.rows([number], attempt)[0])
+            return row if self._rows is None else int(self._rows[row])
         block, place = divmod(number, _BLOCK)
         if self._drawn[0] != block:
             rows = self._mixture.rows(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
@@ -210,57 +210,12 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         return int(self._drawn[1][place])
 
 
-class _Columns(NamedTuple):
-    """What the order of images depends on, one entry per image."""
-
-    source: Labels
-    modality: Labels
-    alike: NDArray[Any]
-    degrees: NDArray[Any]
-    usable: NDArray[np.bool_]
-
-
-def _columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> _Columns:
-    """The columns of a store, in which only images that are large enough are usable."""
-    depths = np.array([_least(crop_size, degree, zoom)[0] for degree in range(6)])
-    _, least_height, least_width = _least(crop_size, 5, zoom)
-    with ThreadPoolExecutor() as pool:
-        labels = pool.map(store.labels, ("source", "modality"))
-        sizes = pool.map(store.size, ("depth", "height", "width"))
-        (source, modality), (depth, height, width) = labels, sizes
-    usable = (height >= least_height) & (width >= least_width)
-    degrees = np.full(len(store), 5, dtype=np.int8)
-    if len(crop_size) == 3:
-        deep = depth >= depths.astype(np.uint16)[store.degree]
-        degrees[deep] = store.degree[deep]
-        _note_thin(int((usable & ~deep).sum()), len(store))
-    if not usable.all():
-        logger.warning(
-            "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~usable).sum(),
-            len(usable), " x ".join(map(str, crop_size)),
-        )  # fmt: skip
-    return _Columns(source, modality, store.alike, degrees, usable)
-
-
-def _columns_of_items(
-    items: Sequence[dict[str, Any]], volumes: Sequence[dict[str, Any]], crop_size: Sequence[int], zoom: float
-) -> _Columns:
-    """The columns of a datalist; of images that are cut as volumes the degrees of anisotropy, too."""
-    degrees = np.full(len(items), 5, dtype=np.int8)
-    if len(volumes):
-        degrees[:] = [_degree(sample["image"], crop_size, zoom) for sample in volumes]
-        _note_thin(sum(degree_of(sample["image"]) < 5 for sample in volumes) - int((degrees < 5).sum()), len(items))
-    alike = np.array([item.get("alike", 1) for item in items], dtype=np.int32)
-    everything = np.ones(len(items), dtype=bool)
-    return _Columns(_column(items, "source"), _column(items, "modality"), alike, degrees, everything)
-
-
 def _floating(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "image": shares(sample["image"])}
 
 
 def _share(items: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:
-    kept = subset(_column(items, "source"), fraction, seed)
+    kept = subset(labels_of(items, "source"), fraction, seed)
     return [item for item, keep in zip(items, kept, strict=True) if keep]
 
 
@@ -272,6 +227,11 @@ def _cached(
             data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=False,
             as_contiguous=False,  # grey images shown as colour are in memory once
         )  # fmt: skip
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
+        remedy = "`biovfm pack` lists all such files, and leaves them out of its store, which can be trained on, too."
+        raise UnreadableError(f"{reason_of(error)} {remedy}") from error
     finally:
         _wait_for_readers()
 
@@ -296,30 +256,6 @@ def _thickness(image: Any) -> float:
     return float(depth / min(plane))
 
 
-def _least(crop_size: Sequence[int], degree: int, zoom: float) -> NDArray[np.int64]:
-    """The smallest depth, height and width of an image that a crop can be cut from."""
-    target = np.array(crop_of_degree(crop_size, degree))
-    scaled = np.maximum(np.rint(target * zoom), 1).astype(np.int64)
-    if degree > 0 or target[0] == 1:
-        scaled[0] = target[0]
-    return scaled
-
-
-def _degree(image: Tensor, crop_size: Sequence[int], zoom: float) -> int:
-    """Degree of anisotropy by which an image is cut: 5 where its slices are too few for its own."""
-    degree = degree_of(image)
-    return degree if image.shape[1] >= _least(crop_size, degree, zoom)[0] else 5
-
-
-def _note_thin(count: int, of: int) -> None:
-    if count:
-        logger.info(
-            "%d of %d images have fewer slices than a crop, or no distance between them: single slices are cut",
-            count,
-            of,
-        )
-
-
 class _LargeEnough(Transform):
     """Refuses a sample that no crop can be cut from."""
 
@@ -328,7 +264,7 @@ class _LargeEnough(Transform):
 
     def __call__(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         image = sample["image"]
-        least = _least(self.crop_size, _degree(image, self.crop_size, self.zoom), self.zoom).tolist()
+        least = least_size(self.crop_size, cut_degree(image, self.crop_size, self.zoom), self.zoom).tolist()
         if any(n < needed for n, needed in zip(image.shape[1:], least, strict=True)):
             size, needed = (" x ".join(str(n) for n in of) for of in (image.shape[1:], least))
             raise InputError(
@@ -336,7 +272,3 @@ class _LargeEnough(Transform):
                 "smaller --crop_size."
             )
         return sample
-
-
-def _column(data: Sequence[Mapping[str, Any]], key: str) -> Labels:
-    return Labels.of([str(item.get(key, "")) for item in data])

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from biovfm_monai.data.find import endings, find_images, folder_modality, require_modality
+from biovfm_monai.data.describe import folder_modality
+from biovfm_monai.data.find import endings, find_images, require_modality
 from biovfm_monai.data.headers import readable
 from biovfm_monai.data.store import Store, is_store
 from biovfm_monai.errors import InputError

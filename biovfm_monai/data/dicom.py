@@ -229,7 +229,7 @@ def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> tuple[list[Path], 
         raise InputError(
             f"{folder}: slices of one series share a place. Give each time point or echo a folder of its own."
         )
-    shift = np.abs(steps - along[:, None] * normal).max(axis=1)
+    shift = np.linalg.norm(steps - along[:, None] * normal, axis=1)
     if (shift > _TOLERANCE * distance).any():
         raise InputError(
             f"{folder}: slices are shifted by {shift.max():.3f} mm against each other (a tilted gantry). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import blosc2
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SHARE", "Encoded", "decode", "eight_bits", "encode", "frame_of", "shares"]
+__all__ = ["SHARE", "Encoded", "checksum_of", "decode", "eight_bits", "encode", "frame_of", "shares"]
 
 _LEVELS, _PROBE, _ROUNDING = 2**16, 1 << 16, 2e-6
 SHARE = 1 / 255
@@ -93,6 +94,13 @@ def decode(numbers: NDArray[Any], scale: float, offset: float, unit: bool) -> Te
     if scale != 1 or offset != 0:
         values = values.mul_(scale).add_(offset)
     return values.clamp_(0, 1) if unit else values
+
+
+def checksum_of(encoded: Encoded) -> bytes:
+    """16 bytes that are the same for images of the same size and values (BLAKE2b)."""
+    digest = blake2b(str((encoded.numbers.shape, *encoded[1:])).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(encoded.numbers).data)
+    return digest.digest()
 
 
 def eight_bits(image: Tensor) -> Tensor:

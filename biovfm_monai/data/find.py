@@ -12,40 +12,29 @@ from typing import Any, NamedTuple
 import pydicom
 from joblib import delayed
 
-from biovfm_monai.anisotropy import anisotropy_of
 from biovfm_monai.data import modalities
+from biovfm_monai.data.describe import Item, describe_dicom, describe_file
 from biovfm_monai.data.dicom import (
     DICOM,
-    dicom_header,
     is_dicom,
     is_image,
     read_header,
-    sorted_slices,
     volumes,
 )
-from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, Header, array_headers, header_of, suffix
+from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, suffix
 from biovfm_monai.data.jobs import share_out
-from biovfm_monai.data.medmnist import describe_archive
-from biovfm_monai.data.slides import SLIDES, describe_slide, is_slide
+from biovfm_monai.data.slides import SLIDES
 from biovfm_monai.errors import InputError
 
 __all__ = [
-    "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "folder_modality", "hashed", "look_into",
+    "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "hashed", "look_into",
     "require_modality", "survey", "with_modality",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Any]
-
 NO_IMAGE = "no image"
 """The reason why a file that is none is left out."""
-
-_MODALITY = {
-    "CT": "ct", "MR": "mri", "PT": "pet", "CR": "xray", "DX": "xray", "IO": "xray", "PX": "xray", "RF": "xray",
-    "RG": "xray", "XA": "xray", "MG": "mammography", "US": "ultrasound", "SM": "pathology", "GM": "microscopy",
-    "OP": "fundus", "OPT": "oct", "DMS": "dermoscopy", "XC": "dermoscopy", "ES": "endoscopy",
-}  # fmt: skip
 
 
 class Rejected(NamedTuple):
@@ -167,61 +156,9 @@ def hashed(name: str, salt: str) -> str:
     return blake2b(name.encode(), key=blake2b(salt.encode()).digest(), digest_size=8).hexdigest()
 
 
-def _describe(path: Path, root: Path) -> list[Item]:
-    """The items of one file that is not DICOM: one, or one per volume.
-
-    Raises:
-        InputError: when its header cannot be used.
-    """
-    if suffix(path) == ".img":
-        if not any(path.with_suffix(ending).exists() for ending in (".hdr", ".HDR")):
-            raise InputError(f"{path}: has no .hdr file beside it. Copy it there, or remove the file.")
-        return []  # the voxels of an .hdr file
-    if is_slide(path):
-        return describe_slide(path)
-    if suffix(path) in ARRAYS:
-        return describe_archive(path, array_headers(path))
-    header = header_of(path)
-    names = [str(path)] if header.volumes == 1 else [f"{path}::{n}" for n in range(header.volumes)]
-    return [_item(name, folder_modality(path, root), header, header.volumes) for name in names]
-
-
 def endings() -> str:
     """The endings of names of files that are looked at."""
     return " ".join((*NIFTI, *VOLUME, *DICOM, *PHOTO, *TIFF, *ARRAYS, *SLIDES))
-
-
-def folder_modality(path: Path, root: Path) -> str | None:
-    """The modality that the nearest enclosing folder, at most the root, is named after."""
-    for parent in path.parents:
-        if parent.name.lower() in modalities.__all__:
-            return parent.name.lower()
-        if parent == root:
-            break
-    return None
-
-
-def _item(image: str | list[str], modality: str | None, header: Header, alike: int = 1) -> Item:
-    """One item; of images that are nearly the same, such as time points, it says how many there are."""
-    shape = [n for n, axis in zip(header.shape, "xyz", strict=False) if axis != "z" or n > 1]
-    item: Item = {"image": image, "modality": modality, "shape": shape}
-    item |= {"channels": header.channels, "dtype": header.dtype, "anisotropy": _degree(shape, header.spacing)}
-    if header.spacing is not None:
-        item["spacing"] = header.spacing
-    if alike > 1:
-        item["alike"] = alike
-    return item
-
-
-def _degree(shape: list[int], spacing: list[float] | None) -> int:
-    """Degree of anisotropy of an image with these voxels, along x, y, z: that of its thickest axis.
-
-    Five without depth or without spacing, when each slice stands for itself.
-    """
-    if len(shape) < 3 or spacing is None:
-        return 5
-    *plane, thick = sorted(spacing)
-    return anisotropy_of([thick, plane[0], plane[0]])
 
 
 def look_into(parent: Path, files: list[Path], root: Path) -> Findings:
@@ -241,7 +178,7 @@ def look_into(parent: Path, files: list[Path], root: Path) -> Findings:
         if reason := _no_file(path):
             found.rejected.append(Rejected(_printable(path), reason))
         elif suffix(path) in (*NIFTI, *VOLUME, *PHOTO, *TIFF, *ARRAYS, *SLIDES):
-            attempt(path, _describe, path, root)
+            attempt(path, describe_file, path, root)
         elif reason := _gather(path, headers, instances):
             found.rejected.append(Rejected(str(path), reason))
             alone = alone and reason == NO_IMAGE
@@ -250,7 +187,7 @@ def look_into(parent: Path, files: list[Path], root: Path) -> Findings:
         for slices in times:
             whole = parent if alone and len(groups) == len(times) == 1 and len(slices) > 1 else None
             chosen = {path: headers[path] for path in slices}
-            attempt(whole or slices[0], _describe_dicom, whole, chosen, root, len(times))
+            attempt(whole or slices[0], describe_dicom, whole, chosen, root, len(times))
     return found
 
 
@@ -285,23 +222,6 @@ def _gather(path: Path, headers: dict[Path, pydicom.Dataset], instances: dict[st
         return f"{path}: the same instance as {first.name}. Remove one of them."
     headers[path] = header
     return None
-
-
-def _describe_dicom(whole: Path | None, headers: dict[Path, pydicom.Dataset], root: Path, alike: int) -> list[Item]:
-    """The one item of a volume's slices, or of one file; `whole` is their folder if it holds nothing else."""
-    slices = [*headers]
-    distance = None
-    if len(slices) > 1:
-        slices, distance = sorted_slices(headers)
-    first = headers[slices[0]]
-    header = dicom_header(slices[0], first)
-    if distance is not None and header.spacing is not None:
-        plane = header.spacing[:2]
-        header = header._replace(shape=(*header.shape[:2], len(slices)), spacing=[*plane, distance])
-    modality = _MODALITY.get(str(first.get("Modality", ""))) or folder_modality(slices[0], root)
-    image = str(whole or slices[0]) if whole or len(slices) == 1 else [str(path) for path in slices]
-    patient = {"patient": str(first.PatientID)} if first.get("PatientID") else {}
-    return [_item(image, modality, header, alike) | patient]
 
 
 def _files_by_folder(root: Path, denied: Callable[[OSError], None]) -> Iterator[tuple[Path, list[Path]]]:

@@ -16,11 +16,12 @@ import SimpleITK as sitk
 import tifffile
 from PIL import Image
 
+from biovfm_monai.data.upright import orientation_of, orientation_of_tiff, upright_size
 from biovfm_monai.errors import InputError, UnreadableError
 
 __all__ = [
     "APART", "ARRAYS", "NIFTI", "PHOTO", "TIFF", "VOLUME", "Header", "array_headers", "checked", "header_of",
-    "is_colour", "itk_spacing", "nifti_unit", "plain_tiff", "readable", "suffix", "tiff_axes",
+    "is_colour", "itk_spacing", "nifti_unit", "readable", "suffix", "tiff_axes",
 ]  # fmt: skip
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
@@ -194,7 +195,8 @@ def _photo(path: Path) -> Header:
             raise InputError(f"{path}: holds {frames} pictures, a film. Save each as a file.")
         dtype = {"I": "int32", "F": "float32"}.get(mode, "uint16" if mode.startswith("I;16") else "uint8")
         grey = mode in ("1", "L", "LA") or dtype != "uint8"
-        return Header(image.size, 1 if grey else 4 if mode == "RGBA" else 3, dtype)
+        size = upright_size(image.size, orientation_of(image))
+        return Header(size, 1 if grey else 4 if mode == "RGBA" else 3, dtype)
 
 
 def is_colour(shape: tuple[int, ...]) -> bool:
@@ -233,18 +235,13 @@ def _tiff(path: Path) -> Header:
             )
         elif meaning == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.itemsize > 1:
             raise InputError(f"{path}: has {series.dtype} values of which zero is white. Save them as grey.")
-        size = (series.shape[x], series.shape[y])
+        turn = orientation_of_tiff(file)
+        size = upright_size((series.shape[x], series.shape[y]), turn)
         if z is None:
             return Header(size, count, str(series.dtype))
         spacing = _imagej_spacing(file) if series.axes[z] == "Z" else None
+        spacing = spacing and [*upright_size(spacing, turn)]
         return Header((*size, series.shape[z]), count, str(series.dtype), spacing)
-
-
-def plain_tiff(path: Path) -> bool:
-    """Whether Pillow reads a TIFF as it is stored: it would turn some, and scramble them."""
-    with tifffile.TiffFile(path) as file:
-        tag = file.pages.first.tags.get("Orientation")
-        return tag is None or tag.value == 1
 
 
 def _require_all_pages(path: Path, file: tifffile.TiffFile) -> None:

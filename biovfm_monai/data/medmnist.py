@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import zipfile
@@ -19,6 +20,7 @@ from biovfm_monai.files import version_of
 __all__ = ["describe_archive", "read_part"]
 
 _IN_MEMORY = 2**30
+_MOST, _LABELS = 2**22, 2**26
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
 _MODALITY = {
@@ -47,10 +49,13 @@ def describe_archive(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.
     for split, (shape, dtype) in images.items():
         if len(shape) not in (3, 4) or dtype.kind not in "uif" or 0 in shape[1:]:
             raise InputError(f"{path}: {split}_images of {dtype} {shape} are no images. Save each as a file.")
+        if shape[0] > _MOST:
+            raise InputError(f"{path}: {split}_images says {shape[0]} images, more than {_MOST}. Split the archive.")
         colour = is_colour(shape[1:])
         size = [int(n) for n in (shape[2:0:-1] if colour else shape[:0:-1])]
         checked(path, Header(tuple(size), shape[-1] if colour else 1, str(dtype)))
-        labels = _labels(path, f"{split}_labels", shape[0]) if f"{split}_labels" in arrays else None
+        said = arrays.get(f"{split}_labels")
+        labels = None if said is None else _labels(path, f"{split}_labels", shape[0], *said)
         for number in range(shape[0]):
             item = {
                 "image": f"{path}::{split}_images::{number}", "modality": modality, "shape": size,
@@ -76,10 +81,11 @@ def read_part(path: Path, name: str, number: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _opened(path: Path, name: str, _version: tuple[int, ...]) -> Any:
     shape, dtype = array_headers(path)[name]
-    if dtype.kind in "uif":
-        checked(path, Header(shape[1:] or (1,), 1, str(dtype)))
-        if np.prod(shape, dtype=np.int64) * dtype.itemsize > _IN_MEMORY:
-            return _Unpacked(path, name)
+    if dtype.kind not in "uif":
+        raise InputError(f"{path}: {name} of {dtype} {shape} are no images. Correct the name in the datalist.")
+    checked(path, Header(shape[1:] or (1,), 1, str(dtype)))
+    if math.prod(shape) * dtype.itemsize > _IN_MEMORY:
+        return _Unpacked(path, name)
     with np.load(path, allow_pickle=False) as arrays:
         return np.asarray(arrays[name])
 
@@ -106,7 +112,12 @@ class _Unpacked:
             return np.frombuffer(self._member.read(size), self._dtype).reshape(self._shape)
 
 
-def _labels(path: Path, name: str, count: int) -> list[Any]:
+def _labels(path: Path, name: str, count: int, shape: tuple[int, ...], dtype: np.dtype) -> list[Any]:
+    if shape[:1] != (count,) or math.prod(shape) * max(dtype.itemsize, 1) > _LABELS:
+        raise InputError(
+            f"{path}: labels cannot be used, {name} of {dtype} {shape} for {count} images. Give one or a few per "
+            f"image, {_LABELS >> 20} MiB at most, or leave the array out."
+        )
     with readable(path, "labels cannot be read"), np.load(path, allow_pickle=False) as arrays:
         labels = np.asarray(arrays[name]).reshape(count, -1)
     return list(labels[:, 0].tolist() if labels.shape[1] == 1 else labels.tolist())

@@ -176,11 +176,13 @@ class Mixture:
         """Images that can come up."""
         return int(sum(size.sum() for _, size, _ in self._groups))
 
-    def rows(self, numbers: ArrayLike) -> Integers:
+    def rows(self, numbers: ArrayLike, attempt: int = 0) -> Integers:
         """The image that each sample number shows.
 
         Args:
             numbers: any; those of one batch share a bucket.
+            attempt: 1 for an image in place of the first one, 2 for one in place of that, and so on; each is drawn from
+                the same bucket in the same shares.
 
         Returns:
             Rows of the columns given, one per number.
@@ -192,7 +194,10 @@ class Mixture:
         for bucket in np.unique(buckets):
             of = buckets == bucket
             starts, sizes, groups = self._groups[bucket]
-            member, seen = self._wheels[bucket].draw(turns[of] * self.batch_size + number[of] % self.batch_size)
+            drawn = turns[of] * self.batch_size + number[of] % self.batch_size
+            if attempt:
+                drawn = (mixed(self.seed, 6, number[of], attempt) >> np.uint64(16)).astype(np.int64)
+            member, seen = self._wheels[bucket].draw(drawn)
             turn, place = np.divmod(seen, sizes[member])
             key = mixed(self.seed, 3, groups[member], turn)
             result[of] = self._order[starts[member] + permute(place, sizes[member], key)]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data.datalist import iterate_datalist
 from biovfm_monai.data.duplicates import perceptual_hash
-from biovfm_monai.data.encoding import encode, frame_of
+from biovfm_monai.data.encoding import checksum_of, encode, frame_of
 from biovfm_monai.data.find import hashed, survey, with_modality
 from biovfm_monai.data.headers import ARRAYS, NIFTI, PHOTO, TIFF, VOLUME, suffix
 from biovfm_monai.data.jobs import share_out
@@ -236,8 +236,6 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
     image: MetaTensor = prepare({"image": raw, "modality": item.get("modality")})["image"]
     spacing, degree = spacing_of(image) or [1.0, 1.0, 1.0], degree_of(image)
     encoded = encode(image.as_tensor().float().numpy(), raw.dtype == torch.uint8)
-    digest = blake2b(str((encoded.numbers.shape, *encoded[1:])).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(encoded.numbers).data)
     subject = item.get("subject")
     row = {
         **dict(zip(_SIZE, image.shape, strict=True)), "dtype": str(encoded.numbers.dtype),
@@ -245,7 +243,7 @@ def _prepared(item: Mapping[str, Any], prepare: ByModalityd, salt: str) -> tuple
         "modality": item["modality"], "source": item.get("source", ""), "split": item.get("split", "training"),
         "subject": None if subject is None else hashed(f"{item.get('source', '')}/{subject}", salt),
         "label": _label(item.get("label")), "alike": item.get("alike", 1),
-        "checksum": digest.digest(), "hash": perceptual_hash(middle_slice(image)), "file": _file(item),
+        "checksum": checksum_of(encoded), "hash": perceptual_hash(middle_slice(image)), "file": _file(item),
     }  # fmt: skip
     return row, frame_of(encoded, degree, spacing)
 

@@ -32,7 +32,6 @@ from biovfm_monai.data.headers import (
     header_of,
     is_colour,
     nifti_unit,
-    plain_tiff,
     readable,
     suffix,
     tiff_axes,
@@ -40,6 +39,7 @@ from biovfm_monai.data.headers import (
 from biovfm_monai.data.medmnist import read_part
 from biovfm_monai.data.slides import is_slide, read_tile
 from biovfm_monai.data.store import StoredImage
+from biovfm_monai.data.upright import orientation_of_tiff, upright, upright_array
 from biovfm_monai.errors import InputError, UnreadableError
 
 __all__ = ["ReadImaged", "part_of", "read_image"]
@@ -133,9 +133,10 @@ def _of_tiff(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     array = tifffile.imread(path, key=None, series=0)
     with tifffile.TiffFile(path) as file:
         x, y, z, channels = tiff_axes(path, file.series[0].axes, file.series[0].shape)
+        turn = orientation_of_tiff(file)
     rest = [n for n in range(array.ndim) if n not in (x, y, z, *channels)]
     array = array.transpose(*rest, *channels, x, y, *([] if z is None else [z]))
-    array = array.reshape(-1, *array.shape[-2 if z is None else -3 :])
+    array = upright_array(array.reshape(-1, *array.shape[-2 if z is None else -3 :]), turn, 1, 2)
     spacing = header.spacing or [1.0, 1.0, APART]
     return array, {"affine": _LPS @ np.diag([*spacing, 1.0]), "original_channel_dim": 0}
 
@@ -164,7 +165,7 @@ def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         header = header_of(path)
         # Pillow would make eight bits of sixteen-bit colours.
         known = header.dtype == "uint8" or (header.channels == 1 and header.dtype in ("uint16", "int16", "float32"))
-        known = known and len(header.shape) == 2 and plain_tiff(path)
+        known = known and len(header.shape) == 2
         try:
             with Image.open(path):
                 pass
@@ -173,8 +174,9 @@ def _of_photo(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         if not known:
             return _of_tiff(path)
     _require_all_rows(path)
-    reader = PILReader(converter=_plain_colours)
-    return reader.get_data(reader.read(str(path)))
+    # By its name Pillow would map a file into memory, and scramble some TIFFs that are to be turned.
+    with path.open("rb") as file, Image.open(file) as image:
+        return PILReader().get_data(_plain_colours(upright(image)))
 
 
 def _of_itk(files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:

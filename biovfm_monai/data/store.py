@@ -20,13 +20,15 @@ from monai.data import MetaTensor
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from biovfm_monai.data.encoding import SHARE, decode
+from biovfm_monai.data.encoding import SHARE, Encoded, checksum_of, decode
 from biovfm_monai.data.headers import readable
 from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import version_of
 
-__all__ = ["ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "shard_name", "table_name"]
+__all__ = [
+    "ABOUT", "ALIGNMENT", "INDEX", "Store", "StoredImage", "is_store", "require_store", "shard_name", "table_name",
+]  # fmt: skip
 
 INDEX, ABOUT = "index.parquet", "store.json"
 ALIGNMENT = 64
@@ -66,6 +68,11 @@ class StoredImage:
         with readable(self._path, "an image cannot be decoded"):
             return self._array[box]
 
+    def checksum(self) -> bytes:
+        """Of all of it, to compare with the store's index."""
+        scale, offset, unit = (self._meta[name] for name in ("scale", "offset", "unit"))
+        return checksum_of(Encoded(self._numbers(...), scale, offset, unit))
+
     def whole(self) -> MetaTensor:
         """All of it, with its spacing."""
         affine = torch.diag(torch.tensor([*self.spacing, 1.0], dtype=torch.float64))
@@ -75,6 +82,14 @@ class StoredImage:
 def is_store(folder: Path) -> bool:
     """Whether a folder is a store, ready or not."""
     return (folder / ABOUT).is_file()
+
+
+def require_store(folder: Path) -> None:
+    """Refuse a folder that holds no store, or one that is not finished."""
+    if not is_store(folder):
+        raise InputError(f"{folder}: no store. Write one with `biovfm pack DATALIST --out {folder}`.")
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: the store is not finished. Run the same `biovfm pack` again.")
 
 
 class Store(Sequence[dict[str, Any]]):
@@ -93,10 +108,7 @@ class Store(Sequence[dict[str, Any]]):
 
     def __init__(self, path: str | Path, section: str = "training", modality: str | None = None) -> None:
         self.path = Path(path).expanduser().resolve()
-        if not is_store(self.path):
-            raise InputError(f"{self.path}: no store. Write one with `biovfm pack DATALIST --out {self.path}`.")
-        if not (self.path / INDEX).is_file():
-            raise InputError(f"{self.path}: the store is not finished. Run the same `biovfm pack` again.")
+        require_store(self.path)
         with readable(self.path / ABOUT, "cannot be read"):
             self.about: Mapping[str, Any] = json.loads((self.path / ABOUT).read_text(encoding="utf-8"))
         with readable(self.path / INDEX, "no index that can be read"):

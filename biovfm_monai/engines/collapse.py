@@ -128,7 +128,7 @@ class CollapseHandler:
         epoch, ends = engine.state.epoch, engine.state.iteration % engine.state.epoch_length == 0
         if not ends or (epoch % self.interval and epoch != engine.state.max_epochs):
             return
-        trained = engine.method.trained
+        trained = engine.trained()
         if isinstance(trained, SoftTokenizer):
             self._say("tokenizer", "a tokenizer has no embedding, and is not watched for collapse.", logging.INFO)
             return
@@ -147,13 +147,23 @@ class CollapseHandler:
         for kind, sign in self._signs(engine, rank, min(embedding.shape)):
             message = f"collapse at epoch {epoch}: {sign}"
             if self.on_collapse == "rewind":
-                self._go_back(engine, message, judged)
+                self.go_back(engine, message, judged)
                 return
             if self.on_collapse == "stop" or kind == "finite":
                 raise CollapseError(message)
             self._say(kind, message, logging.WARNING)
 
-    def _go_back(self, engine: PretrainingTrainer, message: str, judged: bool) -> None:
+    def go_back(self, engine: PretrainingTrainer, message: str, judged: bool = True) -> None:
+        """Let the run go back to its newest state and on with lower learning rates; all processes call it.
+
+        Args:
+            engine: of the run.
+            message: why.
+            judged: whether that state was found good.
+
+        Raises:
+            CollapseError: when there is no such state, or the run went back too often already.
+        """
         if engine.state.rewinds >= self.most_rewinds:
             raise CollapseError(f"{message} The run went back {engine.state.rewinds} time(s) already.")
         if not judged or self.states is None or not self.states.rewind(engine):

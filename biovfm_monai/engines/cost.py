@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -71,13 +72,36 @@ class Memory(NamedTuple):
 
 
 def imagined(method: SSLMethod) -> SSLMethod:
-    """A copy of a method on the meta device, in training mode; the method's own weights are not copied."""
-    memo: dict[int, Any] = {}
-    for tensor in [*method.parameters(), *method.buffers()]:
-        empty = torch.empty_like(tensor, device=_META)
-        trains = tensor.requires_grad
-        memo[id(tensor)] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(method, memo).train()
+    """A copy of a method on the meta device, in training mode, whole where it is sharded, and without hooks.
+
+    Blocks that are computed anew in the backward pass are not in the copy. The method's weights are not copied.
+    """
+    made: SSLMethod = _imagined(method, {}).train()
+    return made
+
+
+def _imagined(module: nn.Module, memo: dict[int, Any]) -> Any:
+    if id(module) in memo:
+        return memo[id(module)]
+    # A sharded module is of a class made of FSDP's and its own.
+    kind = type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module)
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    memo[id(module)] = made
+    for name, part in module._modules.items():
+        made._modules[name] = None if part is None else _imagined(part, memo)
+    for name, p in module._parameters.items():
+        made._parameters[name] = None if p is None else memo.setdefault(id(p), nn.Parameter(_empty(p), p.requires_grad))
+    for name, buffer in module._buffers.items():
+        made._buffers[name] = None if buffer is None else memo.setdefault(id(buffer), _empty(buffer))
+    for name, value in module.__dict__.items():
+        if name not in made.__dict__ and name != "forward":
+            made.__dict__[name] = copy.deepcopy(value, memo)
+    return made
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=_META)
 
 
 def blank_batch(
@@ -160,10 +184,11 @@ def memory_of(
         states = alive.now - gradients - weights
         optimizer.zero_grad()
         alive.peak = alive.now
-        with _Lowered(dtype, device):
+        with _Lowered(dtype, device) as lowered:
             loss = method(make_batch())["loss"]
-        activations = alive.now - weights - states
-        loss.backward()
+            lowered.weights.clear()
+            activations = alive.now - weights - states
+            loss.backward()
     optimizer.zero_grad()
     optimizer.state.clear()
     return Memory(weights, gradients, states, activations, alive.peak)
@@ -231,12 +256,16 @@ class _Alive(TorchDispatchMode):
 
 
 class _Lowered(TorchFunctionMode):
-    """Autocast for the meta device, which has none, and the attention of another device."""
+    """Autocast for the meta device, which has none, and the attention of another device.
+
+    Attributes:
+        weights: in half precision, cast once for the whole forward pass.
+    """
 
     def __init__(self, dtype: torch.dtype | None, device: str) -> None:
         super().__init__()
         self.dtype, self.device = dtype, device
-        self._weights: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -247,10 +276,6 @@ class _Lowered(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
         return func(*args, **kwargs)
 
-    def __exit__(self, *error: object) -> None:
-        self._weights.clear()
-        super().__exit__(*error)
-
     def _is_plain(self, q: Tensor) -> bool:
         return not q.is_meta or (self.device == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN)
 
@@ -259,7 +284,6 @@ class _Lowered(TorchFunctionMode):
             return x
         if not (x.is_leaf and x.requires_grad):
             return x.to(self.dtype)
-        # Weights are cast once, and kept until the end of the forward pass.
-        if id(x) not in self._weights:
-            self._weights[id(x)] = x.to(self.dtype)
-        return self._weights[id(x)]
+        if id(x) not in self.weights:
+            self.weights[id(x)] = x.to(self.dtype)
+        return self.weights[id(x)]

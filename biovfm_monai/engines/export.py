@@ -47,9 +47,9 @@ class EncoderHandler:
                 set_aside(self.folder / name)
 
     def _save(self, engine: PretrainingTrainer) -> None:
+        trained = engine.trained()
         if not distributed.is_main():
             return
-        trained = engine.method.trained
         training = {
             "method": type(engine.method).__name__,
             "steps": engine.step,

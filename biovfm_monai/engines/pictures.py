@@ -17,6 +17,7 @@ from biovfm_monai import distributed
 from biovfm_monai.data import RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.files import write_atomically
+from biovfm_monai.parallelism import Sharded
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["ReconstructionHandler"]
@@ -41,7 +42,8 @@ class Reconstructs(Protocol):
 class ReconstructionHandler:
     """Draw (image, masked, reconstructed) of one crop per modality, as `reconstruction.png` and in TensorBoard.
 
-    The crops, their masks and thus the picture's layout are the same each time, so that pictures can be compared.
+    The crops, their masks and thus the picture's layout are the same each time, so that pictures can be compared. Of a
+    sharded network there is none.
 
     Args:
         method: what reconstructs.
@@ -75,7 +77,8 @@ class ReconstructionHandler:
 
     def _draw(self, engine: PretrainingTrainer) -> None:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
-        if not (due and distributed.is_main()):
+        # Of a sharded network this process has a part only.
+        if not (due and distributed.is_main()) or isinstance(engine.network, Sharded):
             return
         self._samples = samples = self._samples or self._one_per_modality()
         with torch.random.fork_rng(devices=[]), torch.inference_mode():

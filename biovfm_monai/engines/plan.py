@@ -18,6 +18,7 @@ from biovfm_monai.engines.cost import Cost, Memory, blank_batch, cost_of, imagin
 from biovfm_monai.engines.trainer import DTYPES
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.methods import SSLMethod
+from biovfm_monai.networks import Block
 
 __all__ = ["Plan", "make_plan", "measured_rate"]
 
@@ -95,15 +96,15 @@ def make_plan(
     precision, device = _made(parser, "precision"), torch.device(_made(parser, "device")).type
     if precision not in DTYPES:
         raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(DTYPES)}.")
-    # The parallel wrapper would want weights.
-    parser["method"], parser["network"] = method, "@method"
+    cost = cost_of(method, blank_batch(method, views, crop_size, micro), micro)
+    # What blocks compute anew is in the memory, and not in the cost.
+    parser["method"], parser["network#device"], parser["network#compiled"] = method, "meta", False
     optimizer = _made(parser, "optimizer")
 
     def memory_with(count: int) -> Memory:
         make = partial(blank_batch, method, views, crop_size, count)
         return memory_of(method, make, optimizer, DTYPES[precision], device)
 
-    cost = cost_of(method, blank_batch(method, views, crop_size, micro), micro)
     used, budget, steps = memory_with(micro), _made(parser, "budget"), _made(parser, "steps_per_epoch")
     epochs = _made(parser, "max_epochs") if budget is None else epochs_within(budget, steps * batch_size, lambda: cost)
     return Plan(
@@ -172,10 +173,10 @@ def _count(module: nn.Module) -> int:
 def _sharded(method: SSLMethod, memory: Memory, processes: int) -> int:
     """Bytes of each of several processes that share out all but activations, block by block (FSDP).
 
-    Two blocks, the one at work and the next, are whole for a while, and the gradients of one; what is in no list of
-    blocks is whole all the time (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+    Two blocks, the one at work and the next, are whole for a while, and the gradients of one; what is in no block is
+    whole all the time (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
     """
-    blocks = [part for parts in method.modules() if isinstance(parts, nn.ModuleList) for part in parts]
+    blocks = [part for part in method.modules() if isinstance(part, Block)]
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks] or [0]
     outside = max(memory.weights - sum(sizes), 0)
     shared = (memory.weights + memory.gradients + memory.optimizer) / processes

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
+from torch.optim import Optimizer
 
+import biovfm_monai
 from biovfm_monai import distributed
+from biovfm_monai.engines.settings import differences, settings_of
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import require_writable, set_aside, write_atomically
+from biovfm_monai.parallelism import spread, whole
 
 __all__ = ["StateHandler"]
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 1
 _STOPPED, *_AT_EPOCHS = _NAMES = "stopped.pt", "latest.pt", "previous.pt"
 
 
@@ -71,20 +76,22 @@ class StateHandler:
 
     def _save(self, engine: PretrainingTrainer) -> None:
         due = engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs
-        if not (due and distributed.is_main()):
+        state = _state_of(engine) if due else None
+        if state is None or not distributed.is_main():
             return
         latest = self.folder / "latest.pt"
         with write_atomically(latest) as draft:
-            torch.save(_state_of(engine), draft)
+            torch.save(state, draft)
             # It is older than the draft, and would be taken for newer than what the draft becomes.
             (self.folder / _STOPPED).unlink(missing_ok=True)
             if latest.exists():
                 latest.replace(self.folder / "previous.pt")
 
     def _save_stopped(self, engine: PretrainingTrainer) -> None:
-        if engine.stopped and distributed.is_main():
+        state = _state_of(engine) if engine.stopped else None
+        if state is not None and distributed.is_main():
             with write_atomically(self.folder / _STOPPED) as draft:
-                torch.save(_state_of(engine), draft)
+                torch.save(state, draft)
             logger.warning("a signal stopped the run after step %d: go on with --resume True", engine.step)
 
     def _load(self, engine: PretrainingTrainer) -> None:
@@ -130,13 +137,20 @@ class StateHandler:
 
     @staticmethod
     def _apply(engine: PretrainingTrainer, state: dict[str, Any], path: Path) -> None:
+        if state.get("format", 0) > _FORMAT:
+            raise InputError(f"{path}: was written by a newer version of biovfm-monai. Update this one.")
+        if others := differences(state.get("settings", {}), settings_of(engine)):
+            raise InputError(
+                f"{path}: is the state of another configuration: {'; '.join(others)}. Resume with the configuration it "
+                "was made with, or start anew with --resume False."
+            )
         try:
-            engine.method.load_state_dict(state["method"])
-            engine.optimizer.load_state_dict(state["optimizer"])
+            own = engine.method.state_dict()
+            engine.method.load_state_dict({name: spread(x, own.get(name)) for name, x in state["method"].items()})
+            engine.optimizer.load_state_dict(_spread_over(engine.optimizer, state["optimizer"]))
             engine.loss_scaler.load_state_dict(state["loss_scaler"])
             engine.state.iteration = state["step"] * engine.accumulation_steps
             engine.state.epoch = state["epoch"]
-            samples_seen, steps_per_epoch = state["samples_seen"], state["steps_per_epoch"]
             for name in {*engine.state_dict_user_keys} & state.get("kept", {}).keys():
                 setattr(engine.state, name, state["kept"][name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -145,27 +159,29 @@ class StateHandler:
                 f"{path}: is the state of another configuration ({reason[:300]}). Resume with the configuration it was "
                 "made with, or start anew with --resume False."
             ) from error
-        if _steps_per_epoch(engine) != steps_per_epoch or engine.samples_seen != samples_seen:
-            raise InputError(
-                f"{path}: was made with another batch_size or steps_per_epoch ({samples_seen} images in "
-                f"{state['step']} steps, {steps_per_epoch} per epoch). Resume with the same ones, or start anew with "
-                "--resume False."
-            )
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)
 
 
+def _spread_over(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    of = {n: {name: spread(x, parameters[n]) for name, x in values.items()} for n, values in state["state"].items()}
+    return {**state, "state": of}
+
+
 def _state_of(engine: PretrainingTrainer) -> dict[str, Any]:
+    """The state of a run, put together from all processes: each calls it."""
+    settings = settings_of(engine)
     return {
-        "method": engine.method.state_dict(),
-        "optimizer": engine.optimizer.state_dict(),
+        "format": _FORMAT,
+        "version": biovfm_monai.__version__,
+        "torch": str(torch.__version__),
+        "settings": settings,
+        "method": whole(engine.method.state_dict()),
+        "optimizer": whole(engine.optimizer.state_dict()),
         "loss_scaler": engine.loss_scaler.state_dict(),
         "step": engine.step,
-        "epoch": engine.step // _steps_per_epoch(engine),
-        "steps_per_epoch": _steps_per_epoch(engine),
+        "epoch": engine.step // settings["steps_per_epoch"],
         "samples_seen": engine.samples_seen,
         "kept": {name: getattr(engine.state, name) for name in engine.state_dict_user_keys},
     }
-
-
-def _steps_per_epoch(engine: PretrainingTrainer) -> int:
-    return int(engine.state.epoch_length) // engine.accumulation_steps

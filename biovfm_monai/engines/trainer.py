@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents, default_prepare_batch
 from monai.inferers import Inferer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
+from biovfm_monai.engines.settings import require_same_everywhere
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
+from biovfm_monai.networks import SoftTokenizer, ViT
+from biovfm_monai.parallelism import Sharded, inner, whole
 
-__all__ = ["PretrainingTrainer", "fast_precision"]
+__all__ = ["PretrainingTrainer", "StepEvents", "fast_precision"]
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +42,13 @@ def fast_precision(device: torch.device | str) -> str:
     return "bf16" if native else "fp32"
 
 
+class StepEvents(EventEnum):
+    """What a `PretrainingTrainer` fires beside the events of Ignite and MONAI."""
+
+    GRADIENTS_COMPLETED = "gradients_completed"
+    """All gradients of a step are there, `engine.state.gradient_norm` is theirs: `leave_out_step` can be called."""
+
+
 class PretrainingTrainer(SupervisedTrainer):
     """Train a self-supervised method on unlabelled batches.
 
@@ -51,7 +62,7 @@ class PretrainingTrainer(SupervisedTrainer):
         device, max_epochs, train_data_loader, epoch_length, non_blocking, inferer, train_handlers,
             key_train_metric, additional_metrics, accumulation_steps: as in `SupervisedTrainer`. A `GlobalBatchSampler`
             of the loader is set to where the run is; epoch_length counts its micro-batches.
-        network: the method, or its `DistributedDataParallel`.
+        network: the method, or what `parallelism.parallel` has made of it.
         optimizer: over the method's parameters.
         prepare_batch: (batch, device, non_blocking) -> batch on the device, views made.
         precision: "fp32", "bf16" or "fp16".
@@ -101,7 +112,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.stopped = False
         self._unchecked: deque[tuple[int, Tensor]] = deque()
         self._asked: deque[Tensor] = deque()
-        self._again = False
+        self._again = self._left_out = False
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -118,11 +129,17 @@ class PretrainingTrainer(SupervisedTrainer):
             train_handlers=train_handlers,
             decollate=False,
             accumulation_steps=accumulation_steps,
+            event_names=[*StepEvents],
         )
         self.add_event_handler(Events.EPOCH_STARTED, _place_sampler)
 
     def run(self) -> None:
-        """Train to the end, beginning again as often as a handler asks for it by `begin_again`."""
+        """Train to the end, beginning again as often as a handler asks for it by `begin_again`.
+
+        Raises:
+            InputError: when processes were started with different settings.
+        """
+        require_same_everywhere(self)
         self._again, self.stopped = True, False
         with distributed.heeding_signals():
             while self._again:
@@ -134,11 +151,31 @@ class PretrainingTrainer(SupervisedTrainer):
         self._again = True
         self.terminate(skip_completed=True)
 
+    def leave_out_step(self) -> None:
+        """Leave the weights as they are in this step: on all processes, at `StepEvents.GRADIENTS_COMPLETED`."""
+        self._left_out = True
+
+    def losses_of_step(self) -> Tensor:
+        """The losses of this step's micro-batches on this process, on its device."""
+        return torch.stack([loss for iteration, loss in self._unchecked if self._is_of_step(iteration)])
+
     @property
     def method(self) -> SSLMethod:
         """The method itself, out of its parallel wrapper."""
-        network: Any = self.network
-        return network.module if isinstance(network, DistributedDataParallel) else network
+        method: Any = inner(self.network)
+        return method
+
+    def trained(self) -> ViT | SoftTokenizer:
+        """The network to keep, whole on each process, for looking at and for writing: all processes call it.
+
+        It is a copy where the method's own is sharded.
+        """
+        trained = self.method.trained
+        if not isinstance(self.network, Sharded):
+            return trained
+        copy = type(trained)(**trained.arguments).to(self.state.device)
+        copy.load_state_dict(whole(trained.state_dict()))
+        return copy.eval()
 
     @property
     def step(self) -> int:
@@ -179,11 +216,8 @@ class PretrainingTrainer(SupervisedTrainer):
             self.loss_scaler.scale(loss / self.accumulation_steps).backward()
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._unchecked.append((iteration, loss.detach()))
-        # On a GPU the newest loss is still being computed, and reading it would make the host wait. At the end of an
-        # epoch handlers write files, which must not hold what a bad loss did to the weights.
         epoch_ends = iteration % self.state.epoch_length == 0
-        self._check_losses(0 if loss.device.type == "cpu" or epoch_ends else 1)
-        norm = self._optimizer_step() if steps_now else None
+        norm = self._optimizer_step(epoch_ends) if steps_now else None
         shown = output if norm is None else {**output, "gradient_norm": norm}
         # What happens at the end of an epoch is not left out: the run then stops one step later.
         if steps_now and self._asked_to_stop() and not epoch_ends:
@@ -195,19 +229,32 @@ class PretrainingTrainer(SupervisedTrainer):
         return self.state.output
 
     def _gradient_sync(self, steps_now: bool) -> AbstractContextManager:
-        if isinstance(self.network, DistributedDataParallel) and not steps_now:
-            return self.network.no_sync()
+        network: Any = self.network
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(steps_now)
+        if isinstance(network, DistributedDataParallel) and not steps_now:
+            return network.no_sync()
         return nullcontext()
 
-    def _optimizer_step(self) -> Tensor:
-        """Step, and return the norm of the gradients before they were clipped."""
+    def _optimizer_step(self, epoch_ends: bool) -> Tensor:
+        """Step, unless a handler leaves it out, and return the norm of the gradients before they were clipped."""
         for name, schedule in self.schedules.items():
             value = schedule((self.step - 0.5) / self.total_steps)
             for group in self.optimizer.param_groups:
                 group[name] = value * group.get(f"{name}_scale", 1.0)
         self.loss_scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        self.state.gradient_norm = norm = whole(nn.utils.get_total_norm(gradients))
+        self._left_out = False
+        self.fire_event(StepEvents.GRADIENTS_COMPLETED)
+        if self._left_out:
+            self._unchecked = deque(entry for entry in self._unchecked if not self._is_of_step(entry[0]))
+            self.loss_scaler.update()
+            return norm
+        # On a GPU the newest losses are still being computed, and reading them would make the host wait. At the end of
+        # an epoch handlers write files, which must not hold what a bad loss did to the weights.
+        waits = self.state.device.type == "cpu" or epoch_ends
+        self._check_losses(0 if waits else self.accumulation_steps)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, norm)
         scale = self.loss_scaler.get_scale()
@@ -217,6 +264,9 @@ class PretrainingTrainer(SupervisedTrainer):
         if self.loss_scaler.get_scale() >= scale:
             self.method.after_step(self.step / self.total_steps)
         return norm
+
+    def _is_of_step(self, iteration: int) -> bool:
+        return iteration > self.state.iteration - self.accumulation_steps
 
     def _asked_to_stop(self) -> bool:
         """Whether all processes are to stop now; on a GPU by what was asked one step ago, so as not to wait for it."""

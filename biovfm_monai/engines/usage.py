@@ -60,11 +60,8 @@ class BatchCosts:
         new = self._given.keys() - self._costs.keys()
         if new and not count:
             return None
-        # The copy must not call this object.
-        self._handle.remove()
         for shape in new:
             self._costs[shape] = self._counted(self._shapes.pop(shape))
-        self._handle = self.method.register_forward_pre_hook(self._see)
         costs = [(self._costs[shape], times) for shape, times in self._given.items()]
         known = [[times * value for value in cost] for cost, times in costs if cost is not None]
         return Cost(*map(sum, zip(*known, strict=True))) if known and len(known) == len(costs) else None

@@ -36,7 +36,8 @@ class DINOv2(SSLMethod):
         prototypes, hidden_dim, bottleneck_dim: sizes of the head.
         separate_heads: whether patches have a head of their own.
         centering: "sinkhorn", or "mean" for scores less their moving average.
-        queue: rows of earlier batches that take part in Sinkhorn's sharing of class tokens; for small batches.
+        queue: rows of earlier batches that take part in Sinkhorn's sharing of class tokens, as many whole batches as
+            there is room for; for small batches.
         dino_weight, ibot_weight, koleo_weight: of the losses of views, of hidden patches, and of spreading out.
         student_temp: of the student's scores.
         teacher_temp: of the teacher's, at the start, and after the warm-up.
@@ -187,8 +188,11 @@ class DINOv2(SSLMethod):
         embedding = head.embed(tokens)
         if not len(self.queue):
             return self._centred(head.likeness(embedding), 0)
-        # All processes hold one queue, and each brings in its part of it.
-        earlier = self.queue[distributed.rank() :: distributed.world_size()]
+        # All processes hold one queue, and each brings in its part of it: whole batches, since the order of rows within
+        # one depends on how many processes there are.
+        batches = len(self.queue) // (len(embedding) * distributed.world_size())
+        rows = self.queue[: batches * len(embedding) * distributed.world_size()]
+        earlier = rows[distributed.rank() :: distributed.world_size()]
         shares = sinkhorn(head.likeness(torch.cat([embedding, earlier])), self._temperature())[: len(embedding)]
         if self.training:
             self.queue.copy_(torch.cat([distributed.gather(embedding), self.queue])[: len(self.queue)])

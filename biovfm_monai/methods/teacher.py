@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from biovfm_monai.parallelism import local
+
 __all__ = ["Teacher", "rising"]
 
 
@@ -35,9 +37,10 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student: nn.Module, momentum: float) -> None:
         """Keep `momentum` of the weights, and take the rest from the student."""
-        torch._foreach_lerp_([*self.network.parameters()], [p.detach() for p in student.parameters()], 1 - momentum)
-        for own, other in zip(self.network.buffers(), student.buffers(), strict=True):
-            own.copy_(other)
+        own, others = ([local(p.detach()) for p in network.parameters()] for network in (self.network, student))
+        torch._foreach_lerp_(own, others, 1 - momentum)
+        for buffer, other in zip(self.network.buffers(), student.buffers(), strict=True):
+            buffer.copy_(other)
 
 
 def rising(start: float, end: float, progress: float) -> float:

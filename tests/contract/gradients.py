@@ -5,13 +5,13 @@ import sys
 import torch
 from methods import METHODS, SIZES, batch, encoder, of_rank
 
-from biovfm_monai import distributed
+from biovfm_monai import distributed, parallelism
 
 
 def gradients(name, make, size):
     torch.manual_seed(0)
     method, data = make(encoder(size)), batch(size)
-    network = distributed.parallel(method, "cpu")
+    network = parallelism.parallel(method, "cpu")
     found = {}
     for number in range(2):
         # The second step sees what the first one left in queues and teachers.

@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Events
 from torch.utils.data import DataLoader, Dataset
 
-from biovfm_monai import distributed
+from biovfm_monai import distributed, parallelism
 from biovfm_monai.data import GlobalBatchSampler
 from biovfm_monai.engines import PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine, parameter_groups
 from biovfm_monai.methods import SSLMethod
@@ -44,7 +44,7 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
     distributed.initialize()
     torch.manual_seed(0)
     method = Autoencoder()
-    network = distributed.parallel(method, "cpu")
+    network = parallelism.parallel(method, "cpu")
     loader = DataLoader(Numbers(), batch_sampler=GlobalBatchSampler(8, 5, int(accumulation)))
     # SGD: Adam would turn the rounding in gradients that are zero (the keys' biases) into whole steps.
     optimizer = torch.optim.SGD(parameter_groups(network), 0.003, momentum=0.9)

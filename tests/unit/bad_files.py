@@ -3,7 +3,6 @@
 import gzip
 import io
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -98,16 +97,41 @@ def photo(path, mode="RGB", **options):
     Image.fromarray(PHOTO).convert(mode).save(path, **options)
 
 
-def decoded(mode, kind, **options):
+def decoded(mode, kind, turn=1, **options):
     file = io.BytesIO()
     Image.fromarray(PHOTO).convert(mode).save(file, kind, **options)
-    return np.asarray(Image.open(file).convert("RGB")).T
+    return as_shown(np.asarray(Image.open(file).convert("RGB")), turn)
 
 
-def turned(path):
-    exif = Image.Exif()
-    exif[0x112] = 6
-    photo(path, exif=exif)
+def exif(turn):
+    """What a camera says of how it was held."""
+    tags = Image.Exif()
+    tags[0x112] = turn
+    return tags.tobytes()
+
+
+# Where the row 0 and the column 0 of what is stored are shown (TIFF 6.0, p. 36)
+SHOWN = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def as_shown(array, turn):
+    """What is stored in rows, turned, with x first as images are read: a picture, or one behind the other."""
+    colour = array.shape[-1] == 3
+    pages = array if array.ndim == 3 and not colour else [array]
+    shown = [SHOWN.get(turn, np.asarray)(page).T for page in pages]
+    return shown[0] if len(shown) == 1 else np.stack(shown, -1)
+
+
+def tiff_turned(path, array, turn, **options):
+    tifffile.imwrite(path, array, extratags=[(274, "H", 1, turn, True)], **options)
 
 
 def palette(path):
@@ -170,25 +194,34 @@ def deflated(begin, zeros, block=2**26):
     return begin + repeated * (zeros // block) + packer.flush()
 
 
-def npz_bomb(path, shape, zeros=0, name=b"train_images.npy"):
-    """An archive of one array, of which so many zeros are there."""
+def npy_header(shape, descr="|u1"):
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    content = deflated(file.getvalue(), zeros)
-    said = (0 if zeros else zlib.crc32(file.getvalue()), len(content), len(file.getvalue()) + zeros, len(name))
-    local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 33, *said, 0) + name
-    central = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 8, 0, 33, *said, *[0] * 6) + name
-    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + len(content), 0)
-    path.write_bytes(local + content + central + end)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
-def npz_with_labels_bomb(path):
-    """Honest images, and labels of which only the header is there."""
-    archive(path)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1, 100 * 2**30)})
-    with zipfile.ZipFile(path, "a") as file:
-        file.writestr("train_labels.npy", header.getvalue())
+def zipped(path, members):
+    """An archive of arrays: name -> what each begins with, and how many zeros follow."""
+    files, entries = b"", b""
+    for name, (begin, zeros) in members.items():
+        content, file = deflated(begin, zeros), f"{name}.npy".encode()
+        said = (0 if zeros else zlib.crc32(begin), len(content), len(begin) + zeros, len(file))
+        entries += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 8, 0, 33, *said, *[0] * 5, len(files)) + file
+        files += struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 8, 0, 33, *said, 0) + file + content
+    count = len(members)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(entries), len(files), 0)
+    path.write_bytes(files + entries + end)
+
+
+def npz_bomb(path, shape, zeros=0):
+    """An archive of one array, of which so many zeros are there."""
+    zipped(path, {"train_images": (npy_header(shape), zeros)})
+
+
+def npz_with_labels_bomb(path, shape, descr="|u1", zeros=0):
+    """One honest image, and labels of which so many zeros are there."""
+    image = npy_header((1, 9, 7, 3)) + PHOTO.tobytes()
+    zipped(path, {"train_images": (image, 0), "train_labels": (npy_header(shape, descr), zeros)})
 
 
 def nifti_bomb(path):

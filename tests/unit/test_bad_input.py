@@ -6,6 +6,7 @@ import re
 import resource
 import stat
 import struct
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +23,13 @@ from bad_files import (
     SLICES,
     VOLUME,
     archive,
+    as_shown,
     cut,
     decoded,
     dicom_bomb,
     edited,
     empty_slide,
+    exif,
     flipped,
     mha,
     nifti,
@@ -47,7 +50,7 @@ from bad_files import (
     tiff,
     tiff_in_a_circle,
     tiff_of_pages,
-    turned,
+    tiff_turned,
 )
 from image_files import write_nifti
 from PIL import Image
@@ -257,8 +260,15 @@ PHOTOS = {
     "palette.png": (palette, reads(lambda: np.asarray(Image.fromarray(PHOTO).quantize(5).convert("RGB")).T)),
     "transparent.png": (partial(png, array=CLEAR), reads(CLEAR.T)),
     "cmyk.jpg": (partial(photo, mode="CMYK"), reads(partial(decoded, "CMYK", "jpeg"))),
-    # As it is stored, not as EXIF would have it turned.
-    "turned by EXIF.jpg": (turned, reads(partial(decoded, "RGB", "jpeg"))),
+    **{
+        f"EXIF of {n}.jpg": (partial(photo, exif=exif(n)), reads(partial(decoded, "RGB", "jpeg", turn=n)))
+        for n in range(1, 10)
+    },
+    "EXIF of 6.png": (partial(png, exif=exif(6)), reads(PHOTO.T[:, :, ::-1].transpose(0, 2, 1))),
+    "EXIF that means nothing.jpg": (
+        partial(photo, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff"),
+        reads(partial(decoded, "RGB", "jpeg")),
+    ),
     "film.png": (
         lambda p: Image.fromarray(PHOTO).save(p, save_all=True, append_images=[Image.fromarray(255 - PHOTO)]),
         rejected("holds 2 pictures"),
@@ -308,8 +318,33 @@ TIFF = {
     "pages of several sizes.tif": (tiff_of_pages, reads(GREY.T)),
     "pages in a circle.tif": (tiff_in_a_circle, whole_or_refused(np.dstack([GREY.T, GREY.T]))),
     "glass.tif": (empty_slide, rejected("")),
-    # As it is stored, too.
-    "turned.tif": (tiff(GREY, extratags=[(274, "H", 1, 6, True)]), reads(GREY.T)),
+    **{
+        f"turned by {n} {name}": (partial(tiff_turned, array=array, turn=n, **options), reads(as_shown(array, n)))
+        for n in range(10)
+        for name, array, options in (
+            ("grey.tif", GREY, {}),
+            ("grey packed.tif", GREY, {"compression": "lzw"}),
+            ("grey tiles.tif", np.tile(GREY, (4, 5)), {"tile": (16, 16)}),
+            ("colours.tif", PHOTO, {"photometric": "rgb"}),
+            ("deep colours.tif", PHOTO.astype(np.uint16) * 257, {"photometric": "rgb"}),
+            ("pages.tif", SLICES, {"metadata": None}),
+        )
+    },
+    "turned palette.tif": (
+        lambda p: Image.fromarray(PHOTO).quantize(5).save(p, exif=exif(6)),
+        reads(lambda: as_shown(np.asarray(Image.fromarray(PHOTO).quantize(5).convert("RGB")), 6)),
+    ),
+    "turned stack of ImageJ.tif": (
+        partial(
+            tiff_turned,
+            array=SLICES,
+            turn=8,
+            imagej=True,
+            resolution=(2, 4),
+            metadata={"axes": "ZYX", "spacing": 3, "unit": "mm"},
+        ),
+        reads(as_shown(SLICES, 8), [0.25, 0.5, 3]),
+    ),
 }
 
 ARCHIVES = {
@@ -319,13 +354,32 @@ ARCHIVES = {
     "labels that are objects.npz": (partial(archive, train_labels=np.array([{}], object)), rejected("labels cannot")),
     "too few labels.npz": (
         partial(archive, train_images=PHOTO[[0, 1]], train_labels=np.zeros(3)),
-        rejected("labels cannot be read"),
+        rejected("labels cannot be used"),
+    ),
+    "two labels in a row.npz": (
+        partial(archive, train_images=PHOTO[[0, 1]], train_labels=np.zeros(4)),
+        rejected("labels cannot be used"),
     ),
     "no images.npz": (partial(archive, train_images=PHOTO[:0]), rejected("")),
     "other arrays.npz": (lambda p: np.savez(p, x=PHOTO), rejected("holds no array train_images")),
     "one bit is wrong.npz": (partial(flipped, archive), NOT_READ),
     "says 100 GiB.npz": (partial(npz_bomb, shape=(2**27 + 2**24, 28, 28)), NOT_READ),
-    "says 100 GiB of labels.npz": (npz_with_labels_bomb, NOT_READ),
+    "says 100 GiB of labels.npz": (partial(npz_with_labels_bomb, shape=(1, 100 * 2**30)), NOT_READ),
+    **{
+        f"holds 2 GiB of {descr} labels {shape}.npz": (
+            partial(npz_with_labels_bomb, descr=descr, shape=shape, zeros=2**31),
+            rejected("labels cannot be used"),
+        )
+        for descr, shape in (("|u1", (1, 2**31)), ("|V16", (1, 2**27)))
+    },
+    "labels of nothing.npz": (
+        partial(npz_with_labels_bomb, descr="<U0", shape=(1, 2**40)),
+        rejected("labels cannot be used"),
+    ),
+    "millions of images of one pixel.npz": (
+        partial(npz_bomb, shape=(2**28, 1, 1), zeros=2**28),
+        rejected("268435456 images, more than"),
+    ),
     "bomb.npz": (partial(npz_bomb, shape=(1, 992, 2048, 2048), zeros=992 * 2**22), rejected("GiB of memory")),
 }
 
@@ -531,6 +585,13 @@ def test_every_image_of_a_file_is_read_right_or_refused_by_name(tmp_path, name):
             check_rejected(rejection, outcome)
 
 
+@pytest.mark.parametrize("descr", ["|u1", "|V16"])
+def test_an_array_of_an_archive_that_is_no_image_is_refused_by_name_before_it_is_unpacked(tmp_path, descr):
+    npz_with_labels_bomb(tmp_path / "a.npz", shape=(1, 2**31), descr=descr, zeros=2**26)
+    with two_gigabytes_more():
+        assert "a.npz: " in (refusal(f"{tmp_path}/a.npz::train_labels::0") or "")
+
+
 INDEXED_AND_PACKED = """
 import pathlib, resource, sys
 from biovfm_monai.data import index, pack
@@ -599,17 +660,38 @@ def test_a_tree_of_all_of_them_is_indexed_and_packed_and_each_accounted_for_once
     assert len(images) == len(not_stored) + pq.read_table(out / "store/index.parquet").num_rows
 
 
+@contextmanager
+def somebody():
+    """As root, who may read everything, be nobody for a while."""
+    root = os.geteuid() == 0
+    if root:
+        try:
+            os.seteuid(65534)
+        except OSError:
+            pytest.skip("root may read everything, and cannot be anybody else here")
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 @pytest.mark.timeout(60)
-def test_a_file_and_a_folder_that_may_not_be_read_are_named(tmp_path):
-    png(tmp_path / "secret.png")
-    slice_(tmp_path / "secret.dcm")
-    series(tmp_path / "shut")
-    for name in ("secret.png", "secret.dcm", "shut"):
-        (tmp_path / name).chmod(0)
-    if os.access(tmp_path / "secret.png", os.R_OK):
-        pytest.skip("root may read everything")
-    found = list(survey(tmp_path))
-    (tmp_path / "shut").chmod(0o700)
+def test_a_file_and_a_folder_that_may_not_be_read_are_named():
+    # Nobody else may enter the folders that pytest makes.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        folder.chmod(0o755)
+        png(folder / "secret.png")
+        slice_(folder / "secret.dcm")
+        series(folder / "shut")
+        for secret in ("secret.png", "secret.dcm", "shut"):
+            (folder / secret).chmod(0)
+        with somebody():
+            if not os.path.lexists(folder / "secret.png"):
+                pytest.skip("only root may enter the folder for temporary files")
+            found = list(survey(folder))
+        (folder / "shut").chmod(0o700)
     assert [item for one in found for item in one.items] == []
     left_out = {Path(rejection.file).name: rejection.reason for one in found for rejection in one.rejected}
     assert set(left_out) == {"secret.png", "secret.dcm", "shut"}

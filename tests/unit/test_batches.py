@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from image_files import cause_of, write_nifti, write_png
 from monai.data import MetaTensor
 from monai.transforms import Compose
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from biovfm_monai import distributed
 from biovfm_monai.data import (
+    POLICIES,
     GlobalBatchSampler,
+    MultiCrop,
     Policy,
     RandomCropDataset,
     RandomResizedCrop,
@@ -24,10 +27,12 @@ from biovfm_monai.data import (
     pack,
     training_transform,
 )
+from biovfm_monai.data.encoding import shares
 from biovfm_monai.data.views import Drawn
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, UnreadableError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import spad_vit_tiny
+from biovfm_monai.networks.masking import random_mask
 
 # Crops
 
@@ -56,11 +61,14 @@ def test_images_are_read_once_and_kept_in_memory(tmp_path, monkeypatch):
     assert len(read) == 1
 
 
+PIXELS = np.zeros((9, 9), np.uint8)
+
+
 def photos(folder, count):
     """Images of one grey level each, their number, read again for every crop."""
     items = []
     for number in range(count):
-        write_png(folder / f"{number}.png", np.full((9, 9), number, np.uint8))
+        write_png(folder / f"{number}.png", PIXELS + np.uint8(number))
         items.append({"image": str(folder / f"{number}.png"), "modality": "xray"})
     return RandomCropDataset(items, training_transform(1), (4, 4), cache_rate=0.0)
 
@@ -85,12 +93,35 @@ def test_an_image_that_breaks_in_the_middle_of_a_run_is_replaced_by_the_same_oth
     assert shown(again[n] for n in reversed(range(60))) == found[::-1]
 
 
+def test_what_takes_the_place_of_broken_images_keeps_the_weights_of_the_sources():
+    items = [{"source": f"s{n % 3}", "number": n} for n in range(300)]
+
+    def load(item):
+        if item["number"] in (0, 3, 6):
+            raise UnreadableError(f"{item['number']} is broken")
+        return {"image": torch.full((1, 1, 2, 2), int(item["source"][1:])), "modality": "ct"}
+
+    weights = {"s0": 100.0, "s1": 5.0, "s2": 0.0}
+    crops = RandomCropDataset(items, load, (2, 2), cache_rate=0, source_weights=weights)
+    replaced = [n for n in range(10_000) if crops._row(n, 0) in (0, 3, 6)]
+    shares = np.bincount([int(crops[n]["image"].max()) for n in replaced], minlength=3) / len(replaced)
+    assert len(replaced) > 200
+    assert shares == pytest.approx([97 / 102, 5 / 102, 0], abs=0.04)
+
+
 def test_too_many_images_that_break_end_the_run(tmp_path):
     crops = photos(tmp_path, 6)
     for broken in range(4):
         (tmp_path / f"{broken}.png").unlink()
     with pytest.raises(InputError, match=r"4 of 6 images cannot be read any more, the last one: .*\d\.png"):
         [crops[n] for n in range(40)]
+
+
+def test_a_broken_file_among_those_kept_in_memory_is_named_with_what_lists_all_such_files(tmp_path):
+    items = [{"image": str(write_png(tmp_path / f"{n}.png", PIXELS)), "modality": "xray"} for n in range(3)]
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1\.png: .*Repair or remove the file\. `biovfm pack` lists all such files"):
+        RandomCropDataset(items, training_transform(1), (4, 4))
 
 
 def test_a_mistake_of_the_program_is_not_an_images_fault():
@@ -362,6 +393,70 @@ def global_batches(monkeypatch, world, accumulation, seen):
 def test_the_global_batch_is_the_same_on_any_number_of_processes(monkeypatch, world, accumulation, seen):
     expected = [list(range(seen + 16 * step, seen + 16 * step + 16)) for step in range(3)]
     assert global_batches(monkeypatch, world, accumulation, seen) == expected
+
+
+def of_all_kinds():
+    """Crops of volumes, thick slices and photographs of eight and sixteen bits, some of them zoomed, some broken."""
+
+    def load(item):
+        number = item["number"]
+        if item["broken"] and number in (4, 15):
+            raise UnreadableError(f"{number} is broken")
+        degree = (0, 2, 5)[number % 3]
+        depth, generator = 1 if degree == 5 else 40 >> degree, torch.Generator().manual_seed(number)
+        image = torch.rand(1, depth, 32, 32, generator=generator)
+        affine = torch.diag(torch.tensor([2.0**degree, 1, 1, 1], dtype=torch.float64))
+        image = (image * 255).byte() if number % 4 < 2 else image.half()
+        return {"image": MetaTensor(image, affine=affine), "modality": ("ct", "mri", "fundus")[number % 3]}
+
+    items = [{"number": number, "broken": False} for number in range(24)]
+    crops = RandomCropDataset(
+        items, load, (32, 16, 16), seed=3, batch_size=8, cache_rate=0, zoom=(0.7, 1.3), temperature=2.0
+    )
+    for item in items:
+        item["broken"] = True
+    return crops
+
+
+def seen(crops, workers=0):
+    """Per sample its key with a hash of its crop, of what was drawn for its views, and of its mask; and all views."""
+    view = RandomResizedCrop((32, 16, 16), policy=POLICIES)
+    views = MultiCrop([view, view], RandomResizedCrop((16, 8, 8), scale=(0.05, 0.3), policy=POLICIES), 2)
+    samples, pixels = [], []
+    for batch in DataLoader(crops, batch_sampler=GlobalBatchSampler(8, 6), num_workers=workers):
+        made, degree = views(batch, torch.device("cpu")), int(batch["anisotropy"][0])
+        drawn = view.draw(batch["image"], degree, batch["key"], batch["modality"])
+        keep, _ = random_mask(batch["key"], 64, 0.75)
+        exact = [shares(batch["image"]), drawn.maps, *drawn.changes, keep]
+        for n, key in enumerate(batch["key"].tolist()):
+            content = b"".join(of[n].contiguous().numpy().tobytes() for of in exact)
+            samples.append((key, batch["modality"][n], sha256(content).hexdigest()))
+            pixels.append(torch.cat([made[name][:, n].flatten() for name in ("global_crops", "local_crops")]))
+    return samples, pixels
+
+
+def test_workers_see_the_same_images_views_and_masks_in_the_same_order_as_one_process():
+    (samples, pixels), (again, others) = seen(of_all_kinds()), seen(of_all_kinds(), workers=2)
+    assert len(set(samples)) == 48
+    assert again == samples
+    assert all(torch.equal(one, other) for one, other in zip(pixels, others, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_processes_of_a_run_see_together_the_same_images_views_and_masks_as_one(monkeypatch, world):
+    def in_order(ranks):
+        share = 8 // world
+        return [one for n in range(0, len(ranks[0]), share) for rank in ranks for one in rank[n : n + share]]
+
+    (samples, pixels), ranks = seen(of_all_kinds()), []
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        ranks.append(seen(of_all_kinds()))
+    assert in_order([samples for samples, _ in ranks]) == samples
+    for one, other in zip(in_order([pixels for _, pixels in ranks]), pixels, strict=True):
+        # Where a batch has another size, powers are rounded in another way.
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("batch", "world", "accumulation"), [(6, 4, 1), (4, 2, 4), (0, 1, 1), (-2, 1, 1)])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomCropDataset, RandomResizedCrop
-from biovfm_monai.engines import CollapseHandler, PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine
+from biovfm_monai.engines import (
+    BadStepHandler,
+    CollapseHandler,
+    PretrainingTrainer,
+    ProgressHandler,
+    StateHandler,
+    WarmupCosine,
+)
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.errors import CollapseError, InputError, reason_of
 from biovfm_monai.evaluation import KNNAccuracy
@@ -166,7 +174,7 @@ def test_a_loss_that_no_gradient_comes_from_is_a_sign(caplog):
     assert "collapse" not in caplog.text
     method.weight = 0.0
     run(method, watch(), epochs=1)
-    assert "no gradient reaches the weights, nothing is learnt." in caplog.text
+    assert "no gradient reaches the weights." in caplog.text
 
 
 def test_a_collapse_can_stop_the_run_with_one_line_before_its_state_is_written(tmp_path):
@@ -410,3 +418,21 @@ def test_it_looks_at_the_interval_and_after_the_last_epoch():
     method, seen = Regression(), []
     run(method, watch(interval=2, probe=lambda _: seen.append(1) or float(len(seen))), epochs=5)
     assert len(seen) == 3
+
+
+def test_bad_steps_in_a_row_go_back_as_a_collapse_does(tmp_path, caplog):
+    states = StateHandler(tmp_path)
+    handler = watch(on_collapse="rewind", states=states)
+    method, calls = Regression(), []
+
+    def weigh(engine):
+        calls.append(engine.state.iteration)
+        method.weight = float("nan") if len(calls) in (5, 6) else 1.0
+
+    begins = SimpleNamespace(attach=lambda engine: engine.add_event_handler(Events.ITERATION_STARTED, weigh))
+    engine = run(method, states, handler, begins, BadStepHandler(tmp_path / "bad.jsonl", most=2, watch=handler))
+    assert calls == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert (engine.state.rewinds, engine.state.bad_steps) == (1, 0)
+    assert engine.optimizer.param_groups[0]["lr"] == 0.5e-3
+    assert "2 steps in a row were bad, the last one, step 6, for a loss of nan." in caplog.text
+    assert [line["step"] for line in lines_of(tmp_path / "bad.jsonl")] == [5, 6]

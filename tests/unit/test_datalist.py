@@ -175,6 +175,12 @@ def test_all_slices_of_a_series_are_read_even_where_their_headers_differ(tmp_pat
             r"1\.dcm and 2\.dcm are 6\.000 mm apart.*Add the",
         ),
         ([[0, z / 3, z] for z in (0, 3, 6)], [[1, 0, 0, 0, 1, 0]] * 3, r"shifted by 1\.000 mm.*tilted gantry"),
+        # A gantry tilted by 18.5 degrees: 4 mm of the table's way are 1.269 mm within a slice.
+        (
+            [[0, 0, z] for z in (0, 4, 8)],
+            [[1, 0, 0, 0, 0.9483237, -0.3173047]] * 3,
+            r"shifted by 1\.269 mm.*tilted gantry",
+        ),
         (
             [[0, 0, 0], [0, 0, 3]],
             [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]],

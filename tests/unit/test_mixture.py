@@ -99,6 +99,23 @@ def test_what_has_no_weight_never_comes():
     assert len(mixture) == len(set(rows))
 
 
+def test_images_in_place_of_others_are_of_their_bucket_in_the_same_shares():
+    source, bucket = labels(300, 60, 20), labels(200, 150, 30, prefix="b")
+    weights = {"temperature": 2.0, "source_weights": {"s1": 3.0, "s2": 0.0}}
+    mixture = Mixture(source, bucket=bucket, batch_size=4, **weights)
+    numbers = np.arange(40_000)
+    first, second, third = (mixture.rows(numbers, attempt) for attempt in range(3))
+    for other in (second, third):
+        assert np.array_equal(bucket.codes[other], bucket.codes[first])
+        assert (source.codes[other] == 1).mean() == pytest.approx((source.codes[first] == 1).mean(), abs=0.01)
+        assert not (source.codes[other] == 2).any()
+        assert len(set(other)) == len(mixture)
+    assert (first == second).mean() < 0.05
+    assert [int(mixture.rows([n], 1)[0]) for n in (5, 3000, 77)] == second[[5, 3000, 77]].tolist()
+    other = Mixture(source, bucket=bucket, batch_size=4, seed=1, **weights)
+    assert (other.rows(numbers, 1) == second).mean() < 0.05
+
+
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), small=st.floats(0.01, 1), large=st.floats(0.01, 1),
     seed=st.integers(0, 9),

@@ -15,24 +15,30 @@ import time
 import joblib
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from image_files import write_dicom, write_nifti, write_png
-from monai.data import DataLoader
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
+from monai.transforms import Compose
 from PIL import Image
 from skimage import data as photographs
 
+from biovfm_monai.anisotropy import spacing_of
 from biovfm_monai.data import (
+    ByModalityd,
     RandomCropDataset,
+    ReadImaged,
     Store,
     encoder_transform,
     index,
     load_datalist,
     pack,
     training_transform,
+    verify,
 )
 from biovfm_monai.data.duplicates import count_alike, perceptual_hash
 from biovfm_monai.data.encoding import decode, encode
@@ -152,6 +158,45 @@ def test_every_image_comes_back_as_its_preset_gave_it(folder, store):
         assert degree_of(sample["image"].whole()) == sample["anisotropy"]
 
 
+def kept_items(folder):
+    """The items of the list that are in the store, in its order."""
+    items = load_datalist(folder.with_name("list"))
+    return [item for item in items if "nan" not in item["image"] and "copy" not in item["image"]]
+
+
+@pytest.mark.parametrize("of_monai", [Dataset, CacheDataset, PersistentDataset])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_files_through_monais_datasets_give_the_samples_of_the_store(folder, store, tmp_path, of_monai, channels):
+    prepare = training_transform(channels)
+    # By default it would forget the spacing.
+    kept = {"cache_dir": tmp_path / "cache", "track_meta": True, "weights_only": False}
+    options = kept if of_monai is PersistentDataset else {}
+    files = of_monai(kept_items(folder), prepare, **options)
+    stored, raw = Dataset(Store(store), prepare), Store(store)
+    numbers = pq.read_table(store / INDEX)["dtype"].to_pylist()
+    for _ in range(2 if of_monai is PersistentDataset else 1):  # the second time out of its folder
+        for row, (one, other) in enumerate(zip(files, stored, strict=True)):
+            image, again = one["image"], other["image"]
+            assert (image.shape, image.dtype) == (again.shape, again.dtype)
+            # Whole numbers of sixteen bits give values to 2e-6, of which rounding may make the next float16.
+            gap = 2**-11 if numbers[row] == "int16" else 0
+            torch.testing.assert_close(image.as_tensor(), again.as_tensor(), rtol=0, atol=gap)
+            assert spacing_of(image) == pytest.approx(spacing_of(again))
+            assert degree_of(image) == degree_of(again) == raw[row]["anisotropy"]
+            assert [one[key] for key in ("modality", "source")] == [other[key] for key in ("modality", "source")]
+
+
+def test_values_of_the_store_are_those_of_the_files_to_the_stated_precision(folder, store):
+    prepare = Compose([ReadImaged("image"), ByModalityd("image")])
+    for one, other, number in zip(
+        Dataset(kept_items(folder), prepare), Dataset(Store(store), prepare), Store(store), strict=True
+    ):
+        image, again = one["image"].as_tensor(), other["image"].as_tensor()
+        # Whole numbers of eight and sixteen bits, or else float16.
+        bound = 2e-6 if number["image"].dtype != np.float16 else float(image.abs().max()) / 2048
+        assert float((image - again).abs().max()) <= bound
+
+
 def test_what_is_not_stored_is_listed_with_the_reason(folder, store):
     def listed(name):
         with store.with_name(f"{store.name}-{name}.csv").open(encoding="utf-8") as file:
@@ -179,8 +224,7 @@ def test_a_box_of_an_image_is_that_part_of_the_whole(store):
 
 @pytest.mark.parametrize("crop", [(32, 24), (8, 32, 24), (32, 32, 24)])
 def test_crops_of_the_store_and_of_the_files_are_alike(folder, store, crop):
-    items = [item for item in load_datalist(folder.with_name("list")) if "nan" not in item["image"]]
-    items = [item for item in items if "copy" not in item["image"]]
+    items = kept_items(folder)
     for image in items:
         image["alike"] = 1
     stored = Store(store)
@@ -444,6 +488,71 @@ def test_a_damaged_shard_is_named(store, tmp_path):
     (tmp_path / "store" / INDEX).write_bytes(b"PAR1")
     with pytest.raises(InputError, match="no index that can be read"):
         load_datalist(tmp_path / "store")
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_a_store_is_as_it_was_packed_until_a_byte_of_an_image_is_another(copied):
+    assert verify(copied, num_workers=1) == f"{copied}: all 10 images are as they were packed."
+    rows = pq.read_table(copied / INDEX).to_pylist()
+    content = (copied / "shard-000000.b2").read_bytes()
+    for row in (rows[2], rows[7]):
+        byte = row["start"] * 64 + row["bytes"] // 2
+        content = content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :]
+    (copied / "shard-000000.b2").write_bytes(content)
+    with pytest.raises(InputError, match=r"2 of 10 images are not as they .* in shard-000000.b2 \(2\)\. Copy"):
+        verify(copied, num_workers=1)
+
+
+def test_no_byte_of_a_shard_changes_an_image_unnoticed(copied):
+    shard, rng = copied / "shard-000000.b2", np.random.default_rng(0)
+    content = shard.read_bytes()
+    starts = [start * 64 for start in pq.read_table(copied / INDEX)["start"].to_pylist()]
+    # Headers and ends of frames, where sizes and places stand, and anywhere.
+    places = [start + byte for start in starts[::3] for byte in range(0, 160, 9)]
+    places += [start - byte for start in [*starts[1::4], len(content)] for byte in range(1, 200, 17)]
+    places += rng.integers(len(content), size=40).tolist()
+
+    def shown():
+        return [(sample["image"][...].numpy().tobytes(), sample["image"].spacing) for sample in Store(copied)]
+
+    whole, noticed = shown(), 0
+    for number, byte in enumerate(places):
+        changed = copied.with_name(f"changed-{number}")
+        copied.rename(changed)
+        copied = changed
+        shard = copied / "shard-000000.b2"
+        shard.write_bytes(content[:byte] + bytes([content[byte] ^ (1 << number % 8)]) + content[byte + 1 :])
+        try:
+            verify(copied, num_workers=1)
+        except InputError:
+            noticed += 1
+        else:
+            assert shown() == whole, byte
+    assert noticed > 40
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_shards_that_are_gone_or_cut_are_not_as_they_were_packed(copied, damage):
+    shard = copied / "shard-000000.b2"
+    if damage == "gone":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size * 3 // 4 if damage == "cut" else 0)
+    with pytest.raises(InputError, match=r"\d+ of 10 images are not as they were packed, in shard-000000.b2"):
+        verify(copied, num_workers=1)
+
+
+def test_what_is_no_finished_store_is_not_verified(copied, tmp_path):
+    with pytest.raises(InputError, match="no store"):
+        verify(tmp_path)
+    (copied / INDEX).unlink()
+    with pytest.raises(InputError, match="not finished"):
+        verify(copied)
 
 
 # Twins

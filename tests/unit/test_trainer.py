@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines import (
+    BadStepHandler,
     PretrainingTrainer,
     ProgressHandler,
     ReconstructionHandler,
@@ -37,7 +38,8 @@ class Numbers(torch.utils.data.Dataset):
     """Image number n, endlessly."""
 
     def __getitem__(self, number):
-        return {"image": torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(number)), "number": number}
+        image = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(number))
+        return {"image": image, "number": number, "key": number}
 
 
 class Line(SSLMethod):
@@ -45,6 +47,7 @@ class Line(SSLMethod):
 
     def __init__(self, scale=1.0):
         super().__init__()
+        self.encoder = torch.nn.Identity()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.scale, self.progress = scale, []
 
@@ -179,6 +182,68 @@ def test_a_precision_that_cannot_be_had_is_refused(precision, message):
         trainer(Line(), precision=precision)
 
 
+class Breaks(Line):
+    """A loss that is not finite, or gradients a hundred times as large, at some calls."""
+
+    def __init__(self, at, factor=torch.nan):
+        super().__init__()
+        self.at, self.factor, self.calls = at, factor, 0
+
+    def forward(self, batch):
+        self.calls += 1
+        output = super().forward(batch)
+        return {**output, "loss": output["loss"] * (self.factor if self.calls in self.at else 1)}
+
+
+@pytest.mark.parametrize(("factor", "spike"), [(torch.nan, None), (torch.inf, None), (1000.0, 20.0)])
+def test_a_bad_step_is_left_out_counted_and_its_images_written_down(tmp_path, factor, spike):
+    method = Breaks({5}, factor)
+    handlers = [BadStepHandler(tmp_path / "bad.jsonl", spike), ProgressHandler(tmp_path / "log.jsonl", 1)]
+    weights = []
+    engine = trainer(method, accumulation=2, train_handlers=handlers, prepare_batch=lambda batch, *_, **__: batch)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda _: weights.append(method.weight.item()))
+    engine.run()
+    assert weights[1] == weights[2]
+    assert len(set(weights)) == 5
+    assert len(method.progress) == 5
+    (line,) = map(json.loads, (tmp_path / "bad.jsonl").open())
+    assert (line["step"], line["keys"]) == (3, [8, 9, 10, 11])
+    assert [entry.get("bad_steps") for entry in map(json.loads, (tmp_path / "log.jsonl").open())][2:] == [1] * 4
+
+
+def test_without_the_handler_a_bad_step_ends_the_run():
+    with pytest.raises(NonFiniteLossError, match="at iteration 5"):
+        trainer(Breaks({5}), accumulation=2).run()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_others_do_not(tmp_path):
+    method = Breaks({1, 2, 4, 5, 6})
+    with pytest.raises(NonFiniteLossError, match=r"3 steps in a row .* step 6, for a loss of nan\."):
+        trainer(method, train_handlers=[BadStepHandler(most=3)]).run()
+    trainer(Breaks({1, 2, 4, 5}), train_handlers=[BadStepHandler(most=3)]).run()
+
+
+def test_a_run_resumed_between_bad_steps_counts_as_one_that_was_not_disturbed(tmp_path):
+    def run(folder, until, resume):
+        method = Breaks({2, 3, 4} if not resume else {1})
+        handlers = [StateHandler(folder, resume=resume), BadStepHandler(folder / "bad.jsonl", spike=50.0)]
+        engine = trainer(method, train_handlers=handlers)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == until and e.terminate())
+        engine.run()
+        return engine.state.bad_steps, engine.state.bad_in_a_row, engine.state.usual_norm, method.weight.item()
+
+    expected = run(tmp_path / "whole", 2, False)
+    run(tmp_path / "parts", 1, False)
+    assert run(tmp_path / "parts", 2, True) == expected
+    assert expected[:2] == (3, 0)
+
+
+@pytest.mark.parametrize("options", [{"spike": 1.0}, {"most": 0}])
+def test_limits_of_bad_steps_that_mean_nothing_are_refused(options):
+    with pytest.raises(InputError, match="Give"):
+        BadStepHandler(**options)
+
+
 def run_epochs(folder, epochs, total, resume, accumulation=1, events=(), loading=None):
     method = mae()
     optimizer = torch.optim.AdamW(parameter_groups(method), lr=1e-2)
@@ -305,7 +370,8 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     run_epochs(tmp_path, 1, 1, False)
     engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
     with pytest.raises(
-        InputError, match=r"latest\.pt: is the state of another configuration .*--resume False"
+        InputError,
+        match=r"latest\.pt: is the state of another configuration: method MAE instead of Line; seed 7.*Resume",
     ) as caught:
         engine.run()
     assert "\n" not in str(caught.value)
@@ -388,15 +454,23 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path):
         method, 2, batch=8, optimizer=torch.optim.AdamW(parameter_groups(method)),
         train_handlers=[StateHandler(tmp_path, resume=True)],
     )  # fmt: skip
-    with pytest.raises(InputError, match="another batch_size"):
+    with pytest.raises(InputError, match=r"configuration: seed 7 instead of 0; batch_size 4 instead of 8\. Resume"):
         engine.run()
+
+
+def test_a_state_of_a_newer_version_is_refused(tmp_path):
+    run_epochs(tmp_path, 1, 2, False)
+    state = torch.load(tmp_path / "latest.pt", weights_only=True)
+    torch.save({**state, "format": state["format"] + 1}, tmp_path / "latest.pt")
+    with pytest.raises(InputError, match=r"latest\.pt: was written by a newer version"):
+        run_epochs(tmp_path, 1, 2, True)
 
 
 def test_resuming_with_other_accumulation_steps_keeps_its_place(tmp_path):
     run_epochs(tmp_path, 1, 2, False)
     method, steps = mae(), []
     engine = trainer(
-        method, 2, accumulation=2, optimizer=torch.optim.AdamW(parameter_groups(method)),
+        method, 2, accumulation=2, optimizer=torch.optim.AdamW(parameter_groups(method)), seed=7,
         train_handlers=[StateHandler(tmp_path, resume=True)],
     )  # fmt: skip
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: steps.append((e.step, e.samples_seen)))
