@@ -36,6 +36,10 @@ RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "MAE ViT-S/16, 224 px, batch 16": (
         ["biovfm_mae_pretraining", "vit_small", "mae"], {"batch_size": 16},
     ),
+    "the same, blocks computed anew": (
+        ["biovfm_mae_pretraining", "vit_small", "mae"],
+        {"batch_size": 16, "checkpointing": "full"},
+    ),
     "MAE ViT-B/16, 224 px, batch 8": (
         ["biovfm_mae_pretraining", "vit_small", "mae"],
         {"batch_size": 8, "encoder#_target_": "biovfm_monai.networks.vit_base"},

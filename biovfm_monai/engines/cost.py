@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -84,7 +85,7 @@ def _imagined(module: nn.Module, memo: dict[int, Any]) -> Any:
     if id(module) in memo:
         return memo[id(module)]
     # A sharded module is of a class made of FSDP's and its own.
-    kind = type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module)
+    kind: Any = type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module)
     made = kind.__new__(kind)
     nn.Module.__init__(made)
     memo[id(module)] = made
@@ -95,7 +96,8 @@ def _imagined(module: nn.Module, memo: dict[int, Any]) -> Any:
     for name, buffer in module._buffers.items():
         made._buffers[name] = None if buffer is None else memo.setdefault(id(buffer), _empty(buffer))
     for name, value in module.__dict__.items():
-        if name not in made.__dict__ and name != "forward":
+        # What torch marks a sharded module with is for it alone.
+        if name not in made.__dict__ and name != "forward" and not name.startswith("__composable_api"):
             made.__dict__[name] = copy.deepcopy(value, memo)
     return made
 
@@ -186,9 +188,12 @@ def memory_of(
         alive.peak = alive.now
         with _Lowered(dtype, device) as lowered:
             loss = method(make_batch())["loss"]
-            lowered.weights.clear()
+            lowered.weights = None
             activations = alive.now - weights - states
-            loss.backward()
+            # `backward` would leave the mode, which blocks that are computed anew need.
+            _engine_run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
     optimizer.zero_grad()
     optimizer.state.clear()
     return Memory(weights, gradients, states, activations, alive.peak)
@@ -259,13 +264,13 @@ class _Lowered(TorchFunctionMode):
     """Autocast for the meta device, which has none, and the attention of another device.
 
     Attributes:
-        weights: in half precision, cast once for the whole forward pass.
+        weights: in half precision, cast once for the whole forward pass; None after it.
     """
 
     def __init__(self, dtype: torch.dtype | None, device: str) -> None:
         super().__init__()
         self.dtype, self.device = dtype, device
-        self.weights: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] | None = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -282,7 +287,7 @@ class _Lowered(TorchFunctionMode):
     def _lowered(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or not x.is_meta:
             return x
-        if not (x.is_leaf and x.requires_grad):
+        if self.weights is None or not (x.is_leaf and x.requires_grad):
             return x.to(self.dtype)
         if id(x) not in self.weights:
             self.weights[id(x)] = x.to(self.dtype)

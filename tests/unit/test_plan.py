@@ -20,6 +20,7 @@ from biovfm_monai.engines.cost import blank_batch, cost_of, flops_of, imagined, 
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import ViT
+from biovfm_monai.parallelism import parallel
 
 TRAIN = str(BUNDLE / "configs/train.json")
 SMALL = {"encoder#depth": 1, "batch_size": 8, "device": "cpu", "precision": "fp32"}
@@ -95,6 +96,23 @@ def test_half_precision_and_fused_attention_are_planned_with_less_memory():
     assert half.weights == full.weights
     assert half.activations < 0.85 * full.activations
     assert half.activations < planned_memory(method, 64, torch.bfloat16, "cpu").activations
+
+
+def test_blocks_computed_anew_are_planned_with_less_memory_and_the_same_operations():
+    plain, anew = (
+        make_plan([TRAIN], {**SMALL, "encoder#depth": 4, "precision": "bf16", "checkpointing": kind})
+        for kind in ("none", "full")
+    )
+    assert anew.memory.activations < 0.6 * plain.memory.activations
+    assert anew.memory.weights == plain.memory.weights
+    assert anew.cost == plain.cost
+
+
+def test_the_copy_of_a_method_whose_blocks_are_computed_anew_is_of_its_own():
+    method, data = small_mae(), {"image": torch.empty(2, 1, 32, 32, device="meta"), "key": torch.arange(2)}
+    expected = flops_of(imagined(method), data)
+    parallel(method, "cpu", checkpointing="full")
+    assert flops_of(imagined(method), data) == expected
 
 
 def test_a_frozen_part_is_planned_without_gradients_and_states():
