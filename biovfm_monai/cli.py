@@ -183,6 +183,33 @@ def export(target: str, path: str, out: str, img_size: Any = None, anisotropy: i
     return f"{out}: ready."
 
 
+def plan(
+    *config: str,
+    processes: int = 1,
+    memory: float | None = None,
+    rate: Any = None,
+    price: float | None = None,
+    grid: Any = None,
+    **overrides: Any,
+) -> str:
+    """Tell what a run will take, before it begins: parameters, FLOPs, memory, time and cost.
+
+    Args:
+        *config: a bundle's train.json, and overlays that go on top of it.
+        processes: that share each batch, one for each device.
+        memory: GiB that tensors may take on a device, to find the largest micro-batch that fits.
+        rate: FLOP/s of a device, or the log.jsonl of a run that measured it, for the time.
+        price: of a device for an hour, for the cost.
+        grid: values to plan with, such as "{'batch_size':[64,256]}"; a line for each combination.
+        **overrides: keys of the configuration, as on the bundle's command line, such as --precision bf16.
+    """
+    from biovfm_monai.engines import report_plans  # noqa: PLC0415
+
+    if not config:
+        raise InputError("name a bundle's train.json.")
+    return report_plans([str(file) for file in config], overrides, processes, memory, rate, price, grid)
+
+
 def bundle(name: str, folder: str) -> str:
     """Copy a shipped bundle to FOLDER/NAME, and the overlays to FOLDER/configs, ready to edit and run.
 
@@ -215,6 +242,7 @@ def main() -> None:
             "verify": verify,
             "embed": embed,
             "info": info,
+            "plan": plan,
             "bundle": bundle,
             "convert": convert,
             "export": export,

@@ -1,6 +1,7 @@
 """Ranks, process groups, the launcher's environment and signals; the only file that knows of them.
 
-Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed.
+Built on torch.distributed (https://pytorch.org/docs/stable/distributed.html) and ignite.distributed. Tensors of the
+meta device, on which costs are counted, are sent to nobody.
 """
 
 from __future__ import annotations
@@ -145,12 +146,14 @@ def barrier() -> None:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over all processes, on each of them."""
+    if value.is_meta:
+        return value
     return idist.all_reduce(value.clone(), "SUM") / world_size()
 
 
 def most(x: Tensor) -> Tensor:
     """The largest value over all processes, element by element, on each of them."""
-    return x if world_size() == 1 else idist.all_reduce(x.clone(), "MAX")
+    return x if world_size() == 1 or x.is_meta else idist.all_reduce(x.clone(), "MAX")
 
 
 def gather(x: Tensor) -> Tensor:
@@ -162,12 +165,14 @@ def gather(x: Tensor) -> Tensor:
     Args:
         x: N x ..., of the same shape on every process.
     """
+    if x.is_meta:
+        return torch.cat([x] * world_size())
     return x if world_size() == 1 else _Gather.apply(x)
 
 
 def total(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on each of them; gradients flow back to all."""
-    return x if world_size() == 1 else _Total.apply(x)
+    return x if world_size() == 1 or x.is_meta else _Total.apply(x)
 
 
 class _Gather(torch.autograd.Function):

@@ -217,6 +217,10 @@ class RandomResizedCrop:
         drawn = self.draw(image, degree, batch.get("key"), batch.get("modality"))
         return {**batch, "image": self.apply(image, drawn, degree)}
 
+    def blank(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Room for the views of a batch, on the device of its "image", which may be the meta device."""
+        return {**batch, "image": self.empty(batch["image"], 1, _degree(batch))[0]}
+
 
 class MultiCrop:
     """Several views of each image: large ones that teach, and small ones (https://arxiv.org/abs/2006.09882).
@@ -264,16 +268,22 @@ class MultiCrop:
         """Move a batch to the device; of "image" make "global_crops", "local_crops": views x B x C x (D) x H x W."""
         image, degree = batch["image"].to(device, non_blocking=non_blocking), _degree(batch)
         keys = batch["key"].cpu() if "key" in batch else random_keys(image.shape[0])
-        made = {name: value for name, value in batch.items() if name != "image"} | {"key": keys}
-        large = len(self.global_views)
-        made["global_crops"] = crops = self.global_views[0].empty(image, large, degree)
-        plan = [(view, crops[n : n + 1]) for n, view in enumerate(self.global_views)]
+        made = self.blank({**batch, "image": image, "key": keys})
+        plan = [(view, made["global_crops"][n : n + 1]) for n, view in enumerate(self.global_views)]
         if self.local_view is not None and self.num_local:
-            made["local_crops"] = crops = self.local_view.empty(image, self.num_local, degree)
-            plan.append((self.local_view, crops))
+            plan.append((self.local_view, made["local_crops"]))
         for first, (view, crops) in enumerate(plan):
             own = torch.stack([forked(keys, first + n) for n in range(len(crops))], dim=1).flatten()
             view.write(image, view.draw(image, degree, own, batch.get("modality")), crops)
+        return made
+
+    def blank(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Room for the views of a batch, as in `RandomResizedCrop`."""
+        image, degree = batch["image"], _degree(batch)
+        made = {name: value for name, value in batch.items() if name != "image"}
+        made["global_crops"] = self.global_views[0].empty(image, len(self.global_views), degree)
+        if self.local_view is not None and self.num_local:
+            made["local_crops"] = self.local_view.empty(image, self.num_local, degree)
         return made
 
 

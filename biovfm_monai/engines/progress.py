@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
+from biovfm_monai.engines.usage import BatchCosts, peak_flops, peak_memory
 from biovfm_monai.files import write_atomically
 
 __all__ = ["ProgressHandler"]
@@ -25,9 +26,13 @@ logger = logging.getLogger(__name__)
 class ProgressHandler:
     """Progress bar in a terminal, log lines elsewhere, and one JSON line per interval.
 
-    Each interval's mean loss over all processes, rate of images, share of time spent waiting for data and the learning
-    rate go to `engine.state.metrics` on every process; the main process shows and writes them. It writes the means of
-    all other scalars of the output, too, and what other handlers have put into `engine.state.metrics` last.
+    Each interval's mean loss over all processes, rates, share of time spent waiting for data and the learning rate go
+    to `engine.state.metrics` on every process; the main process shows and writes them. It writes the means of all
+    other scalars of the output, too, and what other handlers have put into `engine.state.metrics` last.
+
+    Rates are of images, and from the first whole interval on of tokens and of floating-point operations, as `Cost`
+    counts them; "mfu" is the latter's share of `peak_flops`. Those "per_device" and "peak_memory_gib" are this
+    process's.
 
     Args:
         log_path: JSON-lines file; what it holds beyond the step a run starts from is dropped. None for no file.
@@ -41,6 +46,7 @@ class ProgressHandler:
         self._scalars: dict[str, list[torch.Tensor]] = {}
         self._samples = 0
         self._bar: tqdm | None = None
+        self._costs: BatchCosts | None = None
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
@@ -51,8 +57,9 @@ class ProgressHandler:
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._finish)
 
     def _start(self, engine: PretrainingTrainer) -> None:
-        self._reset(engine)
         self._finish(engine)
+        self._costs = BatchCosts(engine.method)
+        self._reset(engine)
         if not distributed.is_main():
             return
         if self.log_path is not None:
@@ -63,6 +70,8 @@ class ProgressHandler:
 
     def _reset(self, engine: PretrainingTrainer) -> None:
         self._scalars, self._waited = {}, 0.0
+        if self._costs is not None:
+            self._costs.reset()
         self._samples, self._begun = engine.samples_seen, time.perf_counter()
 
     def _ask(self) -> None:
@@ -91,8 +100,9 @@ class ProgressHandler:
         metrics = {
             "loss": scalars["loss"],
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
-            "images_per_second": (engine.samples_seen - self._samples) / seconds,
+            **self._rates(engine, seconds),
             "data_wait": self._waited / seconds,
+            "peak_memory_gib": peak_memory(engine.state.device),
         }
         # "loss" is the name of each iteration's own in TensorBoard and MLflow.
         engine.state.metrics.update({"mean_loss" if name == "loss" else name: value for name, value in metrics.items()})
@@ -105,6 +115,20 @@ class ProgressHandler:
             with self.log_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self._show(engine, metrics)
+
+    def _rates(self, engine: PretrainingTrainer, seconds: float) -> dict[str, float]:
+        """Images, tokens and operations per second; the clock does not run while they are counted."""
+        images, devices = (engine.samples_seen - self._samples) / seconds, distributed.world_size()
+        rates = {"images_per_second": images, "images_per_second_per_device": images / devices}
+        cost = None if self._costs is None else self._costs.total(count=engine.step % self.interval == 0)
+        if cost is None:
+            return rates
+        return rates | {
+            "tokens_per_second": devices * cost.tokens / seconds,
+            "tokens_per_second_per_device": cost.tokens / seconds,
+            "flops_per_second_per_device": cost.flops / seconds,
+            "mfu": cost.flops / seconds / peak_flops(engine.state.device, engine.dtype),
+        }
 
     def _show(self, engine: PretrainingTrainer, metrics: dict[str, Any]) -> None:
         rate = metrics["images_per_second"]
@@ -122,6 +146,8 @@ class ProgressHandler:
     def _finish(self, _: Engine, error: BaseException | None = None) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._costs is not None:
+            self._costs.close()
         if error is not None:
             raise error
 

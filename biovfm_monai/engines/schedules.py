@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_within
 
-__all__ = ["WarmupCosine", "parameter_groups"]
+__all__ = ["WarmupCosine", "parameter_groups", "scaled_rate"]
 
 _BLOCK = re.compile(r"(?:^|\.)encoder\.blocks\.(\d+)\.")
 _BEFORE = re.compile(r"(?:^|\.)encoder\.(?:patch_embed|cls_token|reg_token|pos_embed|cls_pos)\b")
@@ -39,6 +39,25 @@ class WarmupCosine:
             return self.peak * progress / self.warmup
         turn = (progress - self.warmup) / max(1 - self.warmup, 1e-12)
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+def scaled_rate(base: float, batch_size: int, base_batch_size: int, rule: str = "linear") -> float:
+    """The learning rate of a batch size, given that of another one.
+
+    Args:
+        base: learning rate that is known to work for base_batch_size images a step.
+        batch_size: images a step, over all processes.
+        base_batch_size: likewise.
+        rule: "linear" in the batch size (https://arxiv.org/abs/1706.02677), or with its square "root", which suits
+            Adam (https://arxiv.org/abs/2205.10287).
+
+    Raises:
+        InputError: on a size that is no number above 0, or an unknown rule.
+    """
+    require_within(0, above=True, batch_size=batch_size, base_batch_size=base_batch_size)
+    if rule not in ("linear", "root"):
+        raise InputError(f"rule {rule!r} must be 'linear' or 'root'. Give one of them.")
+    return base * batch_size / base_batch_size if rule == "linear" else base * (batch_size / base_batch_size) ** 0.5
 
 
 def parameter_groups(

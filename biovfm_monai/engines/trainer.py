@@ -28,7 +28,7 @@ from biovfm_monai.parallelism import Sharded, inner, whole
 
 __all__ = ["PretrainingTrainer", "StepEvents", "fast_precision"]
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fast_precision(device: torch.device | str) -> str:
@@ -96,15 +96,15 @@ class PretrainingTrainer(SupervisedTrainer):
         schedules: Mapping[str, Callable[[float], float]] | None = None,
         seed: int = 0,
     ) -> None:
-        if precision not in _DTYPES:
-            raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(_DTYPES)}.")
+        if precision not in DTYPES:
+            raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(DTYPES)}.")
         device = torch.device(device)
         if precision == "fp16" and device.type != "cuda":
             raise InputError(f"precision 'fp16' needs a CUDA GPU, the device is {device}. Give --precision bf16.")
         if not isinstance(max_epochs, int) or max_epochs < 1:
             raise InputError(f"max_epochs {max_epochs!r} must be a whole number above 0. Correct --max_epochs.")
         _require_length(train_data_loader, epoch_length)
-        self.dtype = _DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.loss_scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip_norm = clip_norm
         self.schedules = dict(schedules or {})

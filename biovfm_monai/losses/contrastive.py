@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.losses.precision import without_autocast
 
 __all__ = ["info_nce"]
 
@@ -21,7 +22,7 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         keys: N x C, of any length; row n is what query n should find.
         temperature: of the cosines; above 0.
     """
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         # Half precision's smallest numbers are too large for the default eps.
         queries, keys = (F.normalize(rows.float(), dim=1, eps=1e-6) for rows in (queries, keys))
         logits = queries @ distributed.gather(keys).T / temperature

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.losses.precision import without_autocast
 
 __all__ = ["koleo", "prototype_usage", "row_entropy", "sinkhorn", "soft_cross_entropy"]
 
@@ -30,7 +31,7 @@ def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -
         N x K, each row with a sum of 1; N may differ between processes, and be 0.
     """
     # Autocast would make the products ones of half precision, in which their reciprocals overflow.
-    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(scores.device):
         return _sinkhorn(scores.float() / temperature, iterations)
 
 
@@ -83,7 +84,7 @@ def koleo(embedding: Tensor, eps: float = 1e-4) -> Tensor:
     Returns:
         A scalar; zero where there is one row only, which has no other.
     """
-    with torch.autocast(embedding.device.type, enabled=False):
+    with without_autocast(embedding.device):
         own = F.normalize(embedding.float(), dim=1)
         rows = distributed.gather(own)
         if len(rows) < 2:

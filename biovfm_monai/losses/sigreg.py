@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biovfm_monai import distributed
 from biovfm_monai.draws import Use, uniform
+from biovfm_monai.losses.precision import without_autocast
 
 __all__ = ["sigreg"]
 
@@ -30,7 +31,7 @@ def sigreg(rows: Tensor, key: Tensor, num_slices: int = 1024, knots: int = 17, l
     Returns:
         The mean over directions.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         projected = rows.float() @ _directions(key.to(rows.device), num_slices, rows.shape[1]).T
         t = torch.linspace(0, last_knot, knots, device=rows.device)
         angles = projected[..., None] * t

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from biovfm_monai import distributed
+from biovfm_monai.losses.precision import without_autocast
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
@@ -47,7 +47,7 @@ class BarlowTwins(SSLMethod):
         rows = pool(self.encoder(crops.flatten(0, 1), degree), self.encoder)
         # Batch norm takes one view at a time; the last one leaves numbers of mean 0 and variance 1.
         first, second = (self.projector(part) for part in rows.chunk(2))
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             count = len(first) * distributed.world_size()
             correlation = distributed.total(first.float().T @ second.float()) / count
         own = correlation.diagonal()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.losses.precision import without_autocast
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
@@ -58,7 +59,7 @@ class VICReg(SSLMethod):
         rows = pool(self.encoder(crops.flatten(0, 1), degree), self.encoder)
         # Batch norm takes one view at a time.
         views = [self.projector(part).float() for part in rows.chunk(2)]
-        with torch.autocast(crops.device.type, enabled=False):
+        with without_autocast(crops.device):
             invariance = F.mse_loss(*views)
             covariances = [_covariance(view) for view in views]
         own = torch.stack([covariance.diagonal() for covariance in covariances])

@@ -87,6 +87,7 @@ def test_tracking_writes_to_mlflow(trained):
     client = mlflow.MlflowClient(f"sqlite:///{trained / 'eval/mlruns.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("monai_experiment").experiment_id])
     assert run.data.metrics["train_loss"] > 0
+    assert run.data.metrics["images_per_second_per_device"] > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "inference"])
