@@ -77,7 +77,7 @@ class BatchCosts:
     def _counted(self, batch: Mapping[str, Any]) -> Cost | None:
         try:
             return cost_of(imagined(self.method), batch, 1)
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - a number of the log must not end a run
             logger.warning("operations cannot be counted: %s", " ".join(str(error).split()))
             return None
 
