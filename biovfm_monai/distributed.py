@@ -96,10 +96,21 @@ def heeding_signals() -> Iterator[None]:
 
 
 def worker_init_fn(worker_id: int) -> None:
-    """For a data loader's workers: MONAI's, and signals to all processes of a job are left to the one that trains."""
+    """For a data loader's workers: MONAI's, and signals to all processes of a job are left to the one that trains.
+
+    Where a signal's sender can be told (not on macOS); one of the training process itself, as at its end, counts.
+    """
     monai_data.worker_init_fn(worker_id)
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        threading.Thread(target=_heed_parent, daemon=True).start()
+
+
+def _heed_parent() -> None:
+    while True:
+        said = signal.sigwaitinfo(_SIGNALS)
+        if (said.si_signo, said.si_pid) == (signal.SIGTERM, os.getppid()):
+            os._exit(0)
 
 
 def leave_unfinished() -> None:
