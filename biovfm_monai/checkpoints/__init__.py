@@ -8,6 +8,7 @@ from biovfm_monai.checkpoints.dinov3 import from_dinov3
 from biovfm_monai.checkpoints.encoder import build_encoder, encoder_info, load_encoder, save_embedder, save_encoder
 from biovfm_monai.checkpoints.eva02 import from_eva02
 from biovfm_monai.checkpoints.export import export
+from biovfm_monai.checkpoints.finetune import encoder_to_finetune, load_model
 from biovfm_monai.checkpoints.huggingface import from_huggingface, to_huggingface
 from biovfm_monai.checkpoints.inflation import inflate, with_channels
 from biovfm_monai.checkpoints.lpips import load_lpips
@@ -20,8 +21,9 @@ from biovfm_monai.checkpoints.timm import from_timm, to_timm
 from biovfm_monai.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 
 __all__ = [
-    "build_encoder", "convert", "encoder_info", "export", "from_biovfm", "from_dino", "from_dinov2", "from_dinov3",
-    "from_eva02", "from_huggingface", "from_mae", "from_mocov3", "from_monai", "from_pumit", "from_timm", "inflate",
-    "load_encoder", "load_lpips", "load_tokenizer", "read_weights", "save_embedder", "save_encoder", "save_tokenizer",
-    "to_dinov2", "to_huggingface", "to_monai", "to_pumit", "to_timm", "with_channels",
+    "build_encoder", "convert", "encoder_info", "encoder_to_finetune", "export", "from_biovfm", "from_dino",
+    "from_dinov2", "from_dinov3", "from_eva02", "from_huggingface", "from_mae", "from_mocov3", "from_monai",
+    "from_pumit", "from_timm", "inflate", "load_encoder", "load_lpips", "load_model", "load_tokenizer",
+    "read_weights", "save_embedder", "save_encoder", "save_tokenizer", "to_dinov2", "to_huggingface", "to_monai",
+    "to_pumit", "to_timm", "with_channels",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """File to sample to batch."""
 
+from biovfm_monai.data.brain import TISSUES, write_brain
 from biovfm_monai.data.crops import RandomCropDataset
 from biovfm_monai.data.datalist import load_datalist
 from biovfm_monai.data.find import find_images
@@ -17,13 +18,15 @@ from biovfm_monai.data.preprocessing import (
 from biovfm_monai.data.reading import ReadImaged, read_image
 from biovfm_monai.data.samples import sample_datalist, write_samples
 from biovfm_monai.data.sampling import GlobalBatchSampler
+from biovfm_monai.data.segmentation import PreparedImaged, ReadLabeld, RestoreGridd, load_segmentation
 from biovfm_monai.data.store import Store
 from biovfm_monai.data.verify import verify
 from biovfm_monai.data.views import MultiCrop, RandomResizedCrop
 
 __all__ = [
-    "NATURAL", "POLICIES", "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd", "Mixture",
-    "MultiCrop", "Policy", "RandomCropDataset", "RandomResizedCrop", "ReadImaged", "Store", "encoder_transform",
-    "find_images", "geometric", "index", "load_datalist", "pack", "read_image", "sample_datalist", "subset",
-    "training_transform", "verify", "with_chances", "write_samples",
+    "NATURAL", "POLICIES", "TISSUES", "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd",
+    "Mixture", "MultiCrop", "Policy", "PreparedImaged", "RandomCropDataset", "RandomResizedCrop", "ReadImaged",
+    "ReadLabeld", "RestoreGridd", "Store", "encoder_transform", "find_images", "geometric", "index", "load_datalist",
+    "load_segmentation", "pack", "read_image", "sample_datalist", "subset", "training_transform", "verify",
+    "with_chances", "write_brain", "write_samples",
 ]  # fmt: skip

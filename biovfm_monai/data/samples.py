@@ -119,14 +119,14 @@ def _write(folder: Path) -> None:
         os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
 
 
-def _brain_box(volume: np.ndarray) -> list[slice]:
+def brain_box(volume: np.ndarray) -> list[slice]:
     ranges = [np.flatnonzero(volume.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     return [slice(int(r[0]), int(r[-1]) + 1) for r in ranges]
 
 
 def _write_slabs(brain: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     image = nib.load(brain["image"])
-    x, y, z = _brain_box(np.asarray(image.dataobj))
+    x, y, z = brain_box(np.asarray(image.dataobj))
     (folder / "mri").mkdir()
     items = []
     for start in range(z.start, z.stop - _TRAIN + 1, _PERIOD):
@@ -143,7 +143,7 @@ def _write_volumes(brain: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     fields = {"modality": "mri", "source": "nibabel", "subject": "nibabel-head", "spacing": [2.0, 2.0, 2.2]}
     items: list[dict[str, Any]] = [{"image": f"mri/{head.name}::{number}", **fields} for number in range(2)]
     image = nib.load(brain["image"])
-    x, y, z = _brain_box(np.asarray(image.dataobj))
+    x, y, z = brain_box(np.asarray(image.dataobj))
     for first in _THICK:
         path = folder / "mri" / f"mni152_thick_{first}.nii.gz"
         nib.save(image.slicer[x, y, z.start + first : z.stop - _TRAIN + first + 1 : _PERIOD], path)
@@ -155,7 +155,7 @@ def _write_volumes(brain: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 def _write_crops(brain: dict[str, Any], folder: Path) -> dict[str, list[dict[str, Any]]]:
     volume = np.asarray(nib.load(brain["image"]).dataobj).astype(np.float32)
     volume /= np.percentile(volume, 99.5)
-    box = _brain_box(volume)[2]
+    box = brain_box(volume)[2]
     place = np.arange(box.stop - box.start) % _PERIOD
     slices = {"place_training": place < _TRAIN, "place_test": (place >= _TRAIN + _GAP) & (place < _PERIOD - _GAP)}
     # Thirds by the brain's own tissue, so that no ninth is a thin rim.

@@ -1,6 +1,7 @@
 """Losses: tensors to scalars, over the rows of all processes."""
 
 from biovfm_monai.losses.contrastive import info_nce
+from biovfm_monai.losses.ordinal import OrdinalLoss, grades
 from biovfm_monai.losses.sigreg import sigreg
 
-__all__ = ["info_nce", "sigreg"]
+__all__ = ["OrdinalLoss", "grades", "info_nce", "sigreg"]

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["AdaptiveConv3d", "AdaptiveConvTranspose3d", "adaptive_downsample", "adaptive_upsample", "halved", "pending"]
+__all__ = [
+    "AdaptiveConv3d", "AdaptiveConvBlock", "AdaptiveConvTranspose3d", "adaptive_downsample", "adaptive_upsample",
+    "halved", "pending",
+]  # fmt: skip
 
 
 def pending(anisotropy: int, halvings: int) -> int:
@@ -66,6 +69,24 @@ class AdaptiveConv3d(nn.Module):
         groups = depth if k == s else 1
         weight = self.weight.unflatten(2, (groups, k // groups)).sum(3)
         return F.conv3d(x, weight, self.bias, (depth, s, s), (0, pad, pad))
+
+
+class AdaptiveConvBlock(nn.Module):
+    """Adaptive convolution of kernel 3, group norm, leaky ReLU.
+
+    Args:
+        in_channels, out_channels, stride: as of `AdaptiveConv3d`.
+        norm_groups: of the group norm; divides out_channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = AdaptiveConv3d(in_channels, out_channels, 3, stride)
+        self.norm = nn.GroupNorm(norm_groups, out_channels)
+
+    def forward(self, x: Tensor, pending: int = 0) -> Tensor:
+        """Map B x C x D x H x W, with so many halvings pending."""
+        return F.leaky_relu(self.norm(self.conv(x, pending)))
 
 
 class AdaptiveConvTranspose3d(nn.Module):

@@ -18,7 +18,13 @@ from torch.nn import functional as F
 
 from biovfm_monai.anisotropy import anisotropy_of, spacing_of
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.networks.adaptive import AdaptiveConv3d, AdaptiveConvTranspose3d, halved, pending
+from biovfm_monai.networks.adaptive import (
+    AdaptiveConv3d,
+    AdaptiveConvBlock,
+    AdaptiveConvTranspose3d,
+    halved,
+    pending,
+)
 
 __all__ = ["PatchDiscriminator", "SoftTokenizer"]
 
@@ -63,12 +69,14 @@ class SoftTokenizer(nn.Module):
         steps = [(*pair, stride) for pair, stride in zip(pairs, strides, strict=True)]
         self.narrow = nn.ModuleList(AdaptiveConv3d(before, after, s, s) for before, after, s in steps)
         self.norms = nn.ModuleList(nn.LayerNorm(after) for after in widths)
-        self.encoder_blocks = nn.ModuleList(_ConvBlock(width, width, norm_groups) for _ in range(2))
+        self.encoder_blocks = nn.ModuleList(AdaptiveConvBlock(width, width, norm_groups) for _ in range(2))
         self.logits = nn.Linear(width, num_codes)
         self.codebook = nn.Parameter(torch.empty(num_codes, width).uniform_(-1 / num_codes, 1 / num_codes))
-        self.decoder_blocks = nn.ModuleList(_ConvBlock(width, width, norm_groups) for _ in range(2))
+        self.decoder_blocks = nn.ModuleList(AdaptiveConvBlock(width, width, norm_groups) for _ in range(2))
         self.widen = nn.ModuleList(AdaptiveConvTranspose3d(after, before, s) for before, after, s in reversed(steps))
-        self.refine = nn.ModuleList(_ConvBlock(before, before, norm_groups) for before, *_ in reversed(steps[1:]))
+        self.refine = nn.ModuleList(
+            AdaptiveConvBlock(before, before, norm_groups) for before, *_ in reversed(steps[1:])
+        )
 
     def forward(self, image: Tensor, anisotropy: int | None = None) -> Tensor:
         """Logits of the codes at each position, B x num_codes x grid; image and anisotropy as in `prepare`."""
@@ -144,9 +152,10 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, in_channels: int = 3, widths: Sequence[int] = (128, 256, 512), norm_groups: int = 16) -> None:
         super().__init__()
         self.narrow = nn.ModuleList(
-            _ConvBlock(before, after, norm_groups, stride=2) for before, after in pairwise([in_channels, *widths])
+            AdaptiveConvBlock(before, after, norm_groups, stride=2)
+            for before, after in pairwise([in_channels, *widths])
         )
-        self.block = _ConvBlock(widths[-1], widths[-1], norm_groups)
+        self.block = AdaptiveConvBlock(widths[-1], widths[-1], norm_groups)
         self.head = AdaptiveConv3d(widths[-1], 1, 3)
 
     def forward(self, image: Tensor, anisotropy: int) -> Tensor:
@@ -156,18 +165,6 @@ class PatchDiscriminator(nn.Module):
             x = block(x, pending(anisotropy, halvings))
         left = pending(anisotropy, len(self.narrow))
         return self.head(self.block(x, left), left)
-
-
-class _ConvBlock(nn.Module):
-    """Adaptive convolution of kernel 3, group norm, leaky ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = AdaptiveConv3d(in_channels, out_channels, 3, stride)
-        self.norm = nn.GroupNorm(norm_groups, out_channels)
-
-    def forward(self, x: Tensor, pending: int) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x, pending)))
 
 
 def _log2(stride: int) -> int:

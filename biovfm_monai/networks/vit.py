@@ -258,10 +258,14 @@ class ViT(nn.Module):
         taps = [number + depth if number < 0 else number for number in blocks]
         if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
             raise InputError(f"blocks {list(blocks)} must be ascending numbers of the encoder's {depth} blocks")
-        patches = self.patchify(image, anisotropy, spacing)
-        tapped = self.encode(*self.embed(patches), None, taps)[1]
-        prefix = self.num_prefix_tokens
-        return [self.norm(x)[:, prefix:].transpose(1, 2).unflatten(2, patches.grid_size) for x in tapped]
+        return self.feature_maps(self.patchify(image, anisotropy, spacing), taps)
+
+    def feature_maps(self, patches: Patches, taps: list[int]) -> list[Tensor]:
+        """As `features`, of patches as from `patchify` and blocks counted from 0; what TorchScript can compile."""
+        x, angles = self.embed(patches)
+        tapped = self.encode(x, angles, None, taps)[1]
+        prefix, (d, h, w) = self.num_prefix_tokens, patches.grid_size
+        return [self.norm(x)[:, prefix:].transpose(1, 2).unflatten(2, (d, h, w)) for x in tapped]
 
     def positions(self, grid_size: tuple[int, int, int], device: torch.device) -> Tensor | None:
         """Positions of a grid of tokens that are added to them, 1 x L x embed_dim; None without."""

@@ -1,0 +1,87 @@
+"""What fine-tuning adds to MONAI's trainer: schedules with layer-wise decay, a frozen encoder, flips."""
+
+import pytest
+import torch
+from monai.engines import SupervisedTrainer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+
+from biovfm_monai.checkpoints import load_model
+from biovfm_monai.engines import FlipInferer, FreezeHandler, ScheduleHandler, WarmupCosine, parameter_groups
+from biovfm_monai.errors import InputError
+from biovfm_monai.networks import Segmenter, spad_vit_tiny
+
+
+def network():
+    return Segmenter(spad_vit_tiny(1, (8, 8, 8), 8, embed_dim=48, depth=2), 2)
+
+
+def train(module, optimizer, handlers, epochs=3):
+    batch = {"image": torch.randn(1, 1, 8, 8, 8), "label": torch.randn(1, 2, 8, 8, 8)}
+    trainer = SupervisedTrainer(
+        device="cpu", max_epochs=epochs, train_data_loader=[batch, batch], network=module, optimizer=optimizer,
+        loss_function=torch.nn.MSELoss(), train_handlers=handlers, decollate=False,
+    )  # fmt: skip
+    trainer.run()
+    return trainer
+
+
+def test_a_schedule_sets_each_groups_rate_by_its_layer():
+    module, seen = network(), []
+    optimizer = torch.optim.SGD(parameter_groups(module, layer_decay=0.5), lr=1.0)
+
+    class Watch:
+        def attach(self, engine):
+            from ignite.engine import Events
+
+            engine.add_event_handler(
+                Events.ITERATION_STARTED, lambda _: seen.append([group["lr"] for group in optimizer.param_groups])
+            )
+
+    train(module, optimizer, [ScheduleHandler(optimizer, {"lr": WarmupCosine(1e-3, warmup=0.5)}), Watch()])
+    assert max(seen[0]) == pytest.approx(1e-3 * (0.5 / 6) / 0.5)
+    assert sorted(set(seen[2])) == pytest.approx([max(seen[2]) * 0.5**n for n in (3, 2, 1, 0)])
+    assert max(seen[-1]) < max(seen[2])
+
+
+@pytest.mark.parametrize(("frozen", "moves"), [(0, True), (2, True), (3, False)])
+def test_an_encoder_stays_frozen_for_as_many_epochs_as_are_asked_for(frozen, moves):
+    module = network()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    train(module, optimizer, [FreezeHandler(module.encoder, frozen)])
+    changed = {
+        name.split(".")[0] for name, value in module.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == ({"encoder", "decoder", "head"} if moves else {"decoder", "head"})
+    with pytest.raises(InputError, match="epochs -1"):
+        FreezeHandler(module.encoder, -1)
+
+
+def test_flips_average_what_is_found_in_each_mirror_image():
+    image, weight = torch.randn(1, 1, 4, 6, 8), torch.randn(8)
+
+    def sided(x):
+        return x * weight
+
+    found = FlipInferer(SimpleInferer(), [4])(image, sided)
+    torch.testing.assert_close(found, image * (weight + weight.flip(0)) / 2)
+    even = FlipInferer(SlidingWindowInferer((4, 4, 4), overlap=0.5), [2, 3, 4])(image, lambda x: x**2)
+    torch.testing.assert_close(even, image**2)
+    assert torch.equal(FlipInferer(SimpleInferer(), [])(image, sided), sided(image))
+    with pytest.raises(InputError, match="axes"):
+        FlipInferer(SimpleInferer(), [1])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "no such file. Train first"),
+        (lambda path: path.write_bytes(b"x"), "damaged, or no weights"),
+        (lambda path: torch.save({"other": 1}, path), "weights do not fit the network: missing"),
+        (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), "missing encoder.*unexpected a"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(tmp_path, write, message):
+    write(tmp_path / "model.pt")
+    with pytest.raises(InputError, match=message):
+        load_model(network(), tmp_path / "model.pt")
