@@ -4,12 +4,13 @@
 
 DATA holds bloodmnist.npz, organamnist.npz (https://medmnist.com, 28 x 28 pixels) and a folder per class of MedNIST
 (64 x 64) in mednist/. Images are packed once. Each method trains a ViT 96 wide and 4 deep without labels, by its
-overlay on the bundle `biovfm_mae_pretraining`, in bf16 on one core, for the same seconds of its time, on the training
-images; masked tokens take half of them for their tokenizer. Its rate is the one of `RATES` that gives, in a third of
-the time, the best kNN accuracy on validation images of BloodMNIST with a seed that is not used again. Frozen embeddings
-(mean of patch tokens) of the test images are then scored beside those of the untrained encoder, of MONAI's
-`MaskedAutoEncoderViT` trained the same way (in fp32, since it fails in bf16), and the pixels themselves. A run is a row
-of OUT/rows.csv; what stands there is not run again. At the end: OUT/table.md and OUT/quality_2d.png.
+overlay on the bundle `biovfm_mae_pretraining`, in bf16 (fp32 on processors without) on one core, for the same seconds
+of its time, on the training images; masked tokens take half of them for their tokenizer. Its rate is the one of `RATES`
+that gives, in a third of the time, the best kNN accuracy on validation images of BloodMNIST with a seed that is not
+used again. Frozen embeddings (mean of patch tokens) of the test images are then scored beside those of the untrained
+encoder, of MONAI's `MaskedAutoEncoderViT` trained the same way (in fp32, since it fails in bf16), and the pixels
+themselves. A run is a row of OUT/rows.csv; what stands there is not run again. At the end: OUT/table.md and
+OUT/quality_2d.png.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torch.nn import functional as F
 from training import Trained, train
 
 from biovfm_monai.data import Store, index, pack
+from biovfm_monai.engines import fast_precision
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.evaluation import knn_accuracy
 from biovfm_monai.methods import SSLMethod
@@ -168,7 +170,7 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     overlay, sizes = METHODS[method]
     data: dict[str, Any] = {
         "datalist": in_memory(store), "train#preprocessing": nn.Identity(), "in_channels": task.channels,
-        "crop_size": [task.size] * 2, "batch_size": BATCH, "precision": "bf16",
+        "crop_size": [task.size] * 2, "batch_size": BATCH, "precision": fast_precision("cpu"),
     }  # fmt: skip
     if overlay == "masked_tokens":
         # Tokens are of 2, 4, 8, ... pixels: images become larger by as much.
