@@ -70,8 +70,8 @@ def compare_at(
         for budget in budgets:
             if not cost.min() <= budget <= cost.max():
                 raise InputError(
-                    f"{budget:g} lies outside the costs of {method}, {cost.min():g} to {cost.max():g}, where its law is "
-                    "a guess. Compare within them."
+                    f"{budget:g} lies outside the costs of {method}, {cost.min():g} to {cost.max():g}, where its law "
+                    "is a guess. Compare within them."
                 )
     fits = {
         method: fit_runs(*points, law, perfect, seed=number)[0] for number, (method, points) in enumerate(runs.items())
