@@ -90,13 +90,20 @@ def test_intervals_of_the_log_linear_law_are_students(rng):
     assert (low, high) == pytest.approx((line.slope - half, line.slope + half), abs=0.05 * half)
 
 
-@pytest.mark.parametrize(("perfect", "sign"), [(100.0, -1), (0.0, 1)])
-def test_intervals_cover_a_planted_power_law_in_90_to_99_of_200_repetitions(perfect, sign):
-    rng, x = np.random.default_rng(0), np.repeat(np.geomspace(5, 300, 6), 3)
-    truth, law = np.array([0.5, 10, 3]), PowerLaw(perfect, 5, falling=perfect == 0)
+def test_a_loss_is_fitted_as_its_mirror_image(rng):
+    x = np.geomspace(5, 300, 6)
+    loss = 10 * (x / 5) ** -0.5 + 3 + 0.3 * rng.standard_normal(6)
+    as_loss, as_score = (fit_runs(x, y, "power", best, 99)[0] for y, best in ((loss, 0), (100 - loss, 100)))
+    assert np.allclose(as_loss.draws, as_score.draws)
+    assert as_loss.at([5])[0] == pytest.approx(100 - as_score.at([5])[0])
+
+
+def test_intervals_cover_a_planted_power_law_in_90_to_99_of_200_repetitions(rng):
+    x = np.repeat(np.geomspace(5, 300, 6), 3)
+    truth, law = np.array([0.5, 10, 3]), PowerLaw(100, 5)
     covered = np.zeros(3)
     for number in range(200):
-        y = perfect + sign * (10 * (x / 5) ** -0.5 + 3 + 0.3 * rng.standard_normal(18))
+        y = 97 - 10 * (x / 5) ** -0.5 + 0.3 * rng.standard_normal(18)
         low, high = np.array([of["interval"] for of in fit_law(law, x, y, 300, number).intervals().values()]).T
         covered += (low <= truth) & (truth <= high)
     assert ((covered >= 0.90 * 200) & (covered <= 0.99 * 200)).all(), covered

@@ -12,7 +12,7 @@ from scipy.stats import linregress
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.evaluation.scaling.laws import Law, LogLinear, PowerLaw, perfect_score
 
-__all__ = ["FittedLaw", "cross_validate", "fit_law", "fit_runs", "law_named", "trend_p_value"]
+__all__ = ["FittedLaw", "cross_validate", "fit_law", "fit_runs", "law_named", "limits", "trend_p_value"]
 
 LEVEL = 0.95
 _FEW_SIZES = 5
@@ -44,10 +44,9 @@ class FittedLaw:
 
     def intervals(self) -> dict[str, dict[str, Any]]:
         """Name of a parameter -> "value" and 95 % "interval"."""
-        limits = _limits(self.draws)
         return {
-            name: {"value": float(value), "interval": limit}
-            for name, value, limit in zip(self.law.parameters, self.found, limits, strict=True)
+            name: {"value": float(value), "interval": interval}
+            for name, value, interval in zip(self.law.parameters, self.found, limits(self.draws), strict=True)
         }
 
     def at(self, x: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +55,7 @@ class FittedLaw:
         return self.law.predict(x, self.found[:, None])[:, 0], self.law.predict(x, self.draws)
 
 
-def _limits(draws: np.ndarray) -> list[list[float]]:
+def limits(draws: np.ndarray) -> list[list[float]]:
     """Ends of the central 95 % of each row."""
     tail = 50 * (1 - LEVEL)
     return [[float(low), float(high)] for low, high in np.percentile(draws, [tail, 100 - tail], axis=1).T]

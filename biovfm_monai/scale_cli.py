@@ -1,0 +1,96 @@
+"""`biovfm scale <verb>`: each verb is one call into `evaluation.scaling`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["compare", "factors", "fit"]
+
+
+def fit(
+    table: str,
+    x: str,
+    y: str,
+    by: Any = (),
+    law: str | None = None,
+    out: str | None = None,
+    perfect: float | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> str:
+    """Fit a scaling law to a table with one row per run, with intervals, and say what the runs cannot tell.
+
+    Args:
+        table: .csv or .parquet file.
+        x: column of sizes or costs, such as encoder_parameters.
+        y: column of scores.
+        by: column, or several such as method,task; rows that agree in them are fitted together.
+        law: log-linear, as BioVFM has it, or power, of the error; without it cross-validation over sizes chooses.
+        out: .json file to write.
+        perfect: score without error, of the power law: 1, 100, or 0 for a loss.
+        draws: of the bootstrap.
+        seed: of it.
+    """
+    from biovfm_monai.evaluation.scaling import fit_table, listing  # noqa: PLC0415
+
+    columns = [by] if isinstance(by, str) else [str(column) for column in by]
+    return listing(fit_table(str(table), str(x), str(y), columns, law, out, perfect, draws, seed))
+
+
+def factors(
+    table: str,
+    properties: str,
+    x: str,
+    y: str,
+    by: str = "method",
+    task: str = "task",
+    out: str | None = None,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> str:
+    """Correlate the slopes of the log-linear law with properties of the tasks, over tasks.
+
+    Args:
+        table: .csv or .parquet file with a row for each run.
+        properties: .csv or .parquet file with a row for each task and numbers in its other columns.
+        x: column of sizes or costs.
+        y: column of scores.
+        by: column of methods.
+        task: column of tasks, in both tables.
+        out: .csv file to write.
+        permutations: of the tests.
+        seed: of them.
+    """
+    from biovfm_monai.evaluation.scaling import factor_table  # noqa: PLC0415
+
+    found, without = factor_table(str(table), str(properties), x, y, by, task, out, permutations, seed)
+    left_out = f"\nLeft out, for want of properties: {', '.join(without)}" if without else ""
+    return found.to_string(index=False, float_format="{:.3f}".format) + left_out
+
+
+def compare(
+    table: str,
+    x: str,
+    y: str,
+    by: str = "method",
+    at: Any = (),
+    law: str | None = None,
+    perfect: float | None = None,
+    out: str | None = None,
+) -> str:
+    """Tell which runs no cheaper one beats, and what methods reach at equal cost, by their fitted laws.
+
+    Args:
+        table: .csv or .parquet file with a row for each run.
+        x: column of costs, such as flops.
+        y: column of scores.
+        by: column of methods.
+        at: cost, or several such as 1e17,1e18, at which to compare; without it one in the middle of all methods' runs.
+        law: as in `biovfm scale fit`.
+        perfect: likewise; 0 for a loss.
+        out: .json file to write.
+    """
+    from biovfm_monai.evaluation.scaling import compare_table, comparison  # noqa: PLC0415
+
+    budgets = [at] if isinstance(at, int | float) else list(at)
+    return comparison(*compare_table(str(table), x, y, by, budgets, law, perfect, out))
