@@ -37,7 +37,7 @@ def copy_bundle(name: str, folder: str | Path) -> Path:
     target = Path(folder).expanduser() / name
     if target.exists():
         raise InputError(f"{target}: is already there, and would be overwritten. Name another folder, or remove it.")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("models", "eval", "samples"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("models", "eval", "samples", "data"))
     for overlay in shipped_folder("configs").glob("*.json"):
         copy = target.parent / "configs" / overlay.name
         copy.parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from biovfm_monai.data.crops import RandomCropDataset
 from biovfm_monai.data.datalist import load_datalist
 from biovfm_monai.data.find import find_images
 from biovfm_monai.data.index import index
+from biovfm_monai.data.label_maps import PreparedImaged, ReadLabeld, RestoreGridd
 from biovfm_monai.data.mixture import Labels, Mixture, subset
 from biovfm_monai.data.pack import pack
 from biovfm_monai.data.policies import NATURAL, POLICIES, Policy, geometric, with_chances
@@ -18,7 +19,7 @@ from biovfm_monai.data.preprocessing import (
 from biovfm_monai.data.reading import ReadImaged, read_image
 from biovfm_monai.data.samples import sample_datalist, write_samples
 from biovfm_monai.data.sampling import GlobalBatchSampler
-from biovfm_monai.data.segmentation import PreparedImaged, ReadLabeld, RestoreGridd, load_segmentation
+from biovfm_monai.data.segmentation import load_segmentation
 from biovfm_monai.data.store import Store
 from biovfm_monai.data.verify import verify
 from biovfm_monai.data.views import MultiCrop, RandomResizedCrop

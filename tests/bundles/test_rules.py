@@ -11,6 +11,8 @@ from conftest import BUNDLE, ROOT
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 BUNDLES = sorted(p.parent for p in (ROOT / "bundles").glob("*/configs"))
+PRETRAINING = [bundle for bundle in BUNDLES if bundle.name.endswith("_pretraining")]
+SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("_segmentation")]
 CONFIGS = [path for bundle in BUNDLES for path in sorted((bundle / "configs").glob("*.json"))]
 OVERLAYS = sorted((ROOT / "configs").glob("*.json"))
 SCHEMA = json.loads((Path(__file__).parent / "meta_schema_20240725.json").read_text())
@@ -35,9 +37,23 @@ def bundle(request):
     return request.param
 
 
+@pytest.fixture(params=PRETRAINING, ids=lambda p: p.name)
+def pretraining(request):
+    return request.param
+
+
+@pytest.fixture(params=SEGMENTATION, ids=lambda p: p.name)
+def segmentation(request):
+    return request.param
+
+
 @pytest.fixture(params=CONFIGS + OVERLAYS, ids=name)
 def config(request):
     return json.loads(request.param.read_text())
+
+
+def test_every_bundles_name_ends_with_a_task_that_has_rules():
+    assert sorted(PRETRAINING + SEGMENTATION) == BUNDLES
 
 
 def test_a_bundle_has_every_file_that_the_model_zoo_asks_for(bundle):
@@ -91,8 +107,8 @@ def test_handlers_are_a_list_of_dicts_and_datasets_are_dicts_with_data(bundle):
     assert train["dataset"]["transform"] == "@train::preprocessing"
 
 
-def test_a_collapse_is_watched_for_and_takes_a_run_back_to_the_states_it_writes_where_that_is_asked(bundle):
-    train = json.loads((bundle / "configs/train.json").read_text())
+def test_a_collapse_is_watched_for_and_takes_a_run_back_to_the_states_it_writes_where_that_is_asked(pretraining):
+    train = json.loads((pretraining / "configs/train.json").read_text())
     handlers = train["train"]["handlers"]
     (watching,) = (handler for handler in handlers if handler["_target_"].endswith(".CollapseHandler"))
     assert (watching["on_collapse"], watching["states"]) == ("@on_collapse", "@train::handlers::0")
@@ -113,7 +129,7 @@ def test_initialising_a_training_touches_no_file(bundle):
 
 def test_overlays_change_leaves_that_every_pretraining_bundle_has():
     for overlay in OVERLAYS:
-        for bundle in BUNDLES:
+        for bundle in PRETRAINING:
             train = json.loads((bundle / "configs/train.json").read_text())
             if train["encoder"]["_target_"].endswith("SoftTokenizer") and overlay.stem != "smoke":
                 continue
@@ -182,16 +198,80 @@ def leaves(value, path=""):
     return {key: leaf for name, child in value.items() for key, leaf in leaves(child, f"{path}/{name}").items()}
 
 
-@pytest.mark.parametrize("file", MAY_DIFFER)
-def test_pretraining_bundles_are_equal_but_for_what_may_differ(bundle, file):
-    first, other = (leaves(json.loads((b / "configs" / file).read_text())) for b in (BUNDLE, bundle))
+def beyond(may_differ, file, first, other):
+    """Keys of a file in which two bundles differ though they may not."""
+    first, other = (leaves(json.loads((bundle / "configs" / file).read_text())) for bundle in (first, other))
     different = {key[1:] for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
-    may_differ = MAY_DIFFER[file] | (set() if "_mae_" in bundle.name else METHOD.get(file, set()))
-    may_differ = may_differ | STAGES.get(bundle.name, {}).get(file, set())
-    beyond = [key for key in different if not any(key == may or key.startswith(f"{may}/") for may in may_differ)]
-    assert beyond == []
+    return [key for key in different if not any(key == may or key.startswith(f"{may}/") for may in may_differ)]
+
+
+@pytest.mark.parametrize("file", MAY_DIFFER)
+def test_pretraining_bundles_are_equal_but_for_what_may_differ(pretraining, file):
+    may_differ = MAY_DIFFER[file] | (set() if "_mae_" in pretraining.name else METHOD.get(file, set()))
+    may_differ = may_differ | STAGES.get(pretraining.name, {}).get(file, set())
+    assert beyond(may_differ, file, BUNDLE, pretraining) == []
+
+
+def test_licence_and_logging_are_those_of_every_bundle(bundle):
     for same in ("LICENSE", "configs/logging.conf"):
         assert (bundle / same).read_bytes() == (BUNDLE / same).read_bytes()
+
+
+NETWORK = {
+    "modality", "dataset_dir", "in_channels", "out_channels", "img_size", "crop_size", "patch_size", "spacing",
+    "presets",
+}  # fmt: skip
+SEGMENTATION_MAY_DIFFER = {
+    "train.json": NETWORK | {"max_epochs", "val_interval", "batch_size", "samples_per_volume"},
+    "inference.json": NETWORK,
+    "evaluate.json": NETWORK,
+    "multi_gpu_train.json": set(),
+    "metadata.json": {
+        "name", "task", "description", "data_source", "data_type", "label_classes", "pred_classes", "references",
+        "image_classes", "required_packages_version/nilearn", "network_data_format/inputs/image",
+        "network_data_format/outputs/pred/num_channels", "network_data_format/outputs/pred/channel_def",
+        "network_data_format/outputs/pred/spatial_shape",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SEGMENTATION_MAY_DIFFER)
+def test_segmentation_bundles_are_equal_but_for_what_may_differ(segmentation, file):
+    assert beyond(SEGMENTATION_MAY_DIFFER[file], file, SEGMENTATION[0], segmentation) == []
+
+
+def test_the_network_that_is_trained_is_the_one_that_is_evaluated_and_used(segmentation):
+    train, *others = (
+        json.loads((segmentation / f"configs/{verb}.json").read_text()) for verb in ("train", "evaluate", "inference")
+    )
+    same = (NETWORK | {"mean", "std", "flips", "encoder_path", "encoder", "network_def"}) & train.keys()
+    for other in others:
+        assert {key: other[key] for key in same} == {key: train[key] for key in same}
+        assert other["inferer"] == train["validate"]["inferer"]
+        prepare = other["preprocessing"]["transforms"]
+        assert prepare == train["train"]["preprocessing"]["transforms"][: len(prepare)]
+
+
+def test_metadata_names_the_classes_that_the_network_has(segmentation):
+    train, metadata = (
+        json.loads((segmentation / f"configs/{file}.json").read_text()) for file in ("train", "metadata")
+    )
+    image, found = (metadata["network_data_format"][key] for key in ("inputs", "outputs"))
+    assert image["image"]["num_channels"] == train["in_channels"] == len(image["image"]["channel_def"])
+    assert found["pred"]["num_channels"] == train["out_channels"]
+    assert [*found["pred"]["channel_def"]] == [str(number) for number in range(train["out_channels"])]
+
+
+def test_what_monai_label_overrides_is_there(segmentation):
+    train = json.loads((segmentation / "configs/train.json").read_text())
+    inference = json.loads((segmentation / "configs/inference.json").read_text())
+    assert {"network_def", "preprocessing", "postprocessing", "inferer", "device", "dataset_dir"} <= inference.keys()
+    assert {"max_epochs", "train_handlers"} <= train["train"]["trainer"].keys()
+    assert isinstance(train["train"]["handlers"], list)
+    assert "data" in train["validate"]["dataset"]
+    (saver,) = (one for one in train["validate"]["handlers"] if one["_target_"].endswith(".CheckpointSaver"))
+    assert saver["key_metric_filename"] == "model.pt"
+    assert len(saver["save_dict"]) > 1, "of one object alone Ignite writes the weights without their key"
 
 
 def test_a_bundle_tells_in_its_readme_the_commands_and_its_modality(bundle):

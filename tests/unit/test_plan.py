@@ -246,7 +246,7 @@ def test_an_unknown_rule_of_learning_rates_is_refused():
 
 
 def test_every_shipped_training_can_be_planned_but_for_what_needs_an_earlier_one():
-    for bundle in Path(ROOT / "bundles").iterdir():
+    for bundle in Path(ROOT / "bundles").glob("*_pretraining"):
         if bundle.name != "spad_mim_pretraining":
             plan = make_plan([str(bundle / "configs/train.json")], {"batch_size": 2, "device": "cpu"})
             assert plan.cost.flops > plan.cost.forward > 0

@@ -228,3 +228,27 @@ def test_the_labelled_brain_has_three_classes_and_no_slice_in_two_parts(tmp_path
     ranges.sort()
     assert all(end + 4 == start for (_, end), (start, _) in pairwise(ranges))
     assert isinstance(PreparedImaged("image", "mri")({"image": items[0]["image"]})["image"], MetaTensor)
+
+
+@pytest.mark.parametrize(
+    ("modality", "scale", "given", "words"),
+    [
+        ("mri", 1, {"modality": "ct"}, "its modality is 'ct', the network is one of 'mri'"),
+        ("ct", 1, {}, "to 1.09922 seem to be no Hounsfield units, in which air has -1000"),
+        ("mri", -1000, {}, "values from -1099.22 to -0.0190002 seem to be Hounsfield units"),
+    ],
+)
+def test_a_volume_of_another_modality_is_named_with_its_numbers(tmp_path, caplog, modality, scale, given, words):
+    path = write(tmp_path, scale * blob())
+    PreparedImaged("image", modality)({"image": str(path), **given})
+    assert words in caplog.text
+    assert "a.nii.gz" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spacing", "warned"), [([1.0, 1.0, 1.0], True), ([3.0, 0.9, 0.9], False), ([2.2, 0.8, 0.8], False), (None, False)]
+)
+def test_a_volume_of_another_spacing_is_named_with_its_numbers(tmp_path, caplog, spacing, warned):
+    PreparedImaged("image", "mri", spacing=spacing)({"image": str(write(tmp_path, blob()))})
+    assert ("voxels of 0.8 x 0.9 x 3 mm; the network is one of 1 x 1 x 1 mm" in caplog.text) == warned
+    assert caplog.text == "" or warned

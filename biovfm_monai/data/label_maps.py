@@ -1,0 +1,190 @@
+"""Images and their label maps: read, checked against each other and a task, and predictions back on the image's grid.
+
+Air has about -1000 Hounsfield units (https://radiopaedia.org/articles/hounsfield-unit).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, NormalizeIntensity, SpatialResample
+
+from biovfm_monai.data.preprocessing import ByModalityd, source_of
+from biovfm_monai.data.reading import ReadImaged, read_image
+from biovfm_monai.errors import InputError
+
+__all__ = ["PreparedImaged", "ReadLabeld", "RestoreGridd"]
+
+logger = logging.getLogger(__name__)
+
+_SHIFT = 0.1
+_APART = 1.5
+_AIR = -500.0
+
+
+class PreparedImaged(MapTransform):
+    """Read a volume and prepare it as in pretraining: the modality's preset, then the normalisation.
+
+    The grid it was read on is kept in its meta data, "grid_affine" (RAS millimetres) and "grid_shape", for `ReadLabeld`
+    and `RestoreGridd`. A volume that seems to be of another modality, or whose voxels are 1.5 times as large or small
+    as `spacing` along an axis, is prepared all the same, and a warning tells the numbers.
+
+    Args:
+        keys: of the images.
+        modality: whose preset prepares them.
+        in_channels: that an image has to have.
+        spacing: mm along depth, height and width to resample to; None to keep an image's own.
+        presets: options of presets by modality, as in pretraining.
+        mean, std: of the normalisation; as of pretraining's views unless the encoder's file says otherwise.
+
+    Raises:
+        InputError: as `ByModalityd` and `read_image`, or when an image is no volume or has other channels.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        modality: str,
+        in_channels: int = 1,
+        spacing: Sequence[float] | None = None,
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+        mean: float = 0.5,
+        std: float = 0.5,
+    ) -> None:
+        super().__init__(keys)
+        self.modality, self.in_channels, self.spacing = modality, in_channels, spacing
+        self.read, self.prepare = ReadImaged(keys), ByModalityd(keys, spacing, presets)
+        self.normalise = NormalizeIntensity(subtrahend=mean, divisor=std)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Prepare one sample's images."""
+        sample = self.read(data)
+        for key in self.key_iterator(sample):
+            self._keep_grid(sample[key])
+            self._warn_of_another_kind(sample[key], sample.get("modality"))
+        given = sample.get("modality")
+        sample = self.prepare({**sample, "modality": self.modality})
+        for key in self.key_iterator(sample):
+            sample[key] = self.normalise(sample[key])
+        return sample if given is None else {**sample, "modality": given}
+
+    def _keep_grid(self, image: MetaTensor) -> None:
+        if image.ndim != 4:
+            raise InputError(f"{source_of(image)}: is an image of {image.ndim - 1} axes, no volume. Remove the file.")
+        if image.shape[0] != self.in_channels:
+            raise InputError(
+                f"{source_of(image)}: has {image.shape[0]} channel(s), the network takes {self.in_channels}. Remove "
+                f"the file, or train with --in_channels {image.shape[0]} on images that all have as many."
+            )
+        image.meta["grid_affine"] = torch.as_tensor(image.affine, dtype=torch.float64).clone()
+        image.meta["grid_shape"] = torch.tensor(image.shape[1:])
+
+    def _warn_of_another_kind(self, image: MetaTensor, stated: Any) -> None:
+        low, high = float(image.min()), float(image.max())
+        hounsfield = low < _AIR
+        if stated not in (None, self.modality):
+            logger.warning("%s: its modality is %r, the network is one of %r.", source_of(image), stated, self.modality)
+        elif image.dtype != torch.uint8 and hounsfield != (self.modality == "ct"):
+            kind = "Hounsfield units" if hounsfield else "no Hounsfield units, in which air has -1000"
+            logger.warning(
+                "%s: values from %g to %g seem to be %s; the network is one of %r.",
+                source_of(image), low, high, kind, self.modality,
+            )  # fmt: skip
+        if self.spacing is None:
+            return
+        found = [float(value) for value in image.pixdim]
+        ratios = [math.log(a / b) for a, b in zip(sorted(found), sorted(self.spacing), strict=True)]
+        if max(map(abs, ratios)) >= math.log(_APART):
+            sizes = (" x ".join(f"{value:.3g}" for value in spacing) for spacing in (found, self.spacing))
+            logger.warning("%s: voxels of %s mm; the network is one of %s mm.", source_of(image), *sizes)
+
+
+class ReadLabeld(MapTransform):
+    """Read a label map, one number of a class per voxel, and check that it belongs to its image.
+
+    Args:
+        keys: of the label maps.
+        out_channels: classes, 0 (background) to out_channels - 1.
+        reference: key of the image, as `PreparedImaged` leaves it.
+        needed: whether a map of background alone is an error, as where every image shows what is looked for.
+
+    Raises:
+        InputError: when it is on another grid than the image, holds other numbers, or none but background.
+    """
+
+    def __init__(self, keys: KeysCollection, out_channels: int, reference: str = "image", needed: bool = True) -> None:
+        super().__init__(keys)
+        self.out_channels, self.reference, self.needed = out_channels, reference, needed
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read one sample's label maps, to 1 x X x Y x Z of float32."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            path, image = sample[key], sample[self.reference]
+            label = read_image(path)
+            self._require_same_grid(path, label, image)
+            self._require_classes(path, label)
+            sample[key] = label.float()
+        return sample
+
+    def _require_same_grid(self, path: Any, label: MetaTensor, image: MetaTensor) -> None:
+        shape, affine = image.meta["grid_shape"], torch.as_tensor(image.meta["grid_affine"])
+        if label.shape[0] != 1 or list(label.shape[1:]) != shape.tolist():
+            raise InputError(
+                f"{path}: has size {list(label.shape[1:])} and {label.shape[0]} channel(s), its image "
+                f"{source_of(image)} {shape.tolist()}. Give the label map of this image, on its grid."
+            )
+        corners = torch.cartesian_prod(*(torch.tensor([0.0, n - 1.0]) for n in label.shape[1:])).double()
+        places = [corners @ of[:3, :3].T + of[:3, 3] for of in (affine.double(), label.affine.double())]
+        apart = float((places[0] - places[1]).norm(dim=1).max())
+        if apart > _SHIFT * float(affine[:3, :3].norm(dim=0).min()):
+            raise InputError(
+                f"{path}: its header puts it up to {apart:.3g} mm from its image {source_of(image)}. Correct the "
+                "header, or resample the label map to the image."
+            )
+
+    def _require_classes(self, path: Any, label: MetaTensor) -> None:
+        values = label.as_tensor().unique()
+        wrong = [value for value in values.tolist() if value not in range(self.out_channels)]
+        if wrong:
+            shown = ", ".join(f"{value:g}" for value in wrong[:10]) + (", ..." if len(wrong) > 10 else "")
+            raise InputError(
+                f"{path}: holds {shown}; classes are 0 to {self.out_channels - 1}. Correct the label map, or give "
+                "--out_channels."
+            )
+        if self.needed and values.tolist() in ([], [0]):
+            raise InputError(f"{path}: is empty, all its voxels are background. Correct or remove it.")
+
+
+class RestoreGridd(MapTransform):
+    """Resample what a network says of a prepared image to the grid that its file has, through physical space.
+
+    Args:
+        keys: predictions, C x depth x height x width, on the grid of the prepared image.
+        reference: key of the image, as `PreparedImaged` leaves it.
+        mode: of the interpolation, "bilinear" for probabilities and "nearest" for classes.
+    """
+
+    def __init__(self, keys: KeysCollection, reference: str = "image", mode: str = "bilinear") -> None:
+        super().__init__(keys)
+        self.reference, self.resample = reference, SpatialResample(mode=mode, padding_mode="border")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Bring one sample's predictions to C x X x Y x Z of the file."""
+        sample = dict(data)
+        image: MetaTensor = sample[self.reference]
+        shape, affine = torch.as_tensor(image.meta["grid_shape"]), torch.as_tensor(image.meta["grid_affine"])
+        for key in self.key_iterator(sample):
+            found = sample[key]
+            plain = found.as_tensor() if isinstance(found, MetaTensor) else found
+            placed = MetaTensor(plain.cpu(), affine=torch.as_tensor(image.affine).cpu())
+            back = self.resample(placed, dst_affine=affine.cpu(), spatial_size=shape.flatten().tolist())
+            meta = {"filename_or_obj": source_of(image), "original_affine": affine.cpu()}
+            sample[key] = MetaTensor(back.as_tensor(), affine=affine.cpu(), meta=meta)
+        return sample

@@ -1,0 +1,243 @@
+"""The segmentation bundles: the literal command, evaluation, inference on the file's grid, fine-tuning, bad input."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigWorkflow, load
+from PIL import Image
+
+from biovfm_monai.checkpoints import load_encoder, save_encoder
+from biovfm_monai.errors import reason_of
+from biovfm_monai.networks import spad_vit_tiny
+from biovfm_monai.shipped import copy_bundle
+
+pytestmark = pytest.mark.xdist_group("bundle_segmentation")
+BRAIN, HIPPOCAMPUS = "brain_mri_segmentation", "hippocampus_mri_segmentation"
+NAMES = sorted(p.parent.name for p in (ROOT / "bundles").glob("*_segmentation/configs"))
+KINDS = {"train": "train", "evaluate": "infer", "inference": "infer"}
+
+
+def write(path, values, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+
+
+def write_subjects(folder, count=5, size=(26, 30, 28)):
+    """Two boxes of other brightness, each its own class, somewhere else in every volume."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image, label = rng.uniform(0, 100, size).astype(np.float32), np.zeros(size, np.uint8)
+        for value in (1, 2):
+            x, y, z = rng.integers(2, 12, 3)
+            label[x : x + 10, y : y + 10, z : z + 10] = value
+        image += np.float32(300) * label
+        write(folder / f"images/subject_{number}.nii.gz", image)
+        write(folder / f"labels/subject_{number}.nii.gz", label)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    return write_subjects(tmp_path_factory.mktemp("data") / "five subjects")
+
+
+def workflow(root, verb, **overrides):
+    files = str(root / f"configs/{verb}.json")
+    made = ConfigWorkflow(files, workflow_type=KINDS[verb], logging_file=False, bundle_root=str(root), **overrides)
+    made.initialize()
+    return made
+
+
+def run(root, verb, **overrides):
+    made = workflow(root, verb, **overrides)
+    made.run()
+    made.finalize()
+
+
+def refusal(root, verb, **overrides):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
+        run(root, verb, **overrides)
+    return reason_of(caught.value)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A copy of the brain bundle after the first command of its README, for one epoch, from another directory."""
+    folder = tmp_path_factory.mktemp("a folder with a space")
+    root = copy_bundle(BRAIN, folder)
+    lines = (
+        line.split() for line in (root / "docs/README.md").read_text().splitlines() if "configs/train.json" in line
+    )
+    places = {"python": sys.executable, "configs/train.json": f"{root}/configs/train.json", ".": str(root)}
+    command = [places.get(word, word) for word in next(lines)]
+    done = subprocess.run(
+        [*command, "--max_epochs", "1"], cwd=folder, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "val_mean_dice" in done.stdout
+    return root
+
+
+def test_training_leaves_weights_that_open_without_unpickling_and_a_log(trained):
+    state = torch.load(trained / "models/model.pt", weights_only=True)
+    assert any(name.startswith("encoder.") for name in state["model"])
+    assert list((trained / "eval/tensorboard").iterdir())
+
+
+def test_monai_bundle_load_gives_the_trained_network(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = load(BRAIN, bundle_dir=str(trained.parent), workflow_type="train", source="local", key_in_ckpt="model")
+    expected = torch.load(trained / "models/model.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("verb", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_property_is_missing_before_there_are_weights(name, verb, subjects, tmp_path, monkeypatch):
+    root = copy_bundle(name, tmp_path / "bundles")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = workflow(root, verb, dataset_dir=str(subjects))
+    assert made.check_properties() == []
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_evaluation_writes_dice_per_image_and_class_and_a_picture(trained, subjects):
+    run(trained, "evaluate", dataset_dir=str(subjects))
+    rows = list(csv.DictReader((trained / "eval/val_mean_dice_raw.csv").open(), delimiter=","))
+    assert [Path(row["filename"]).name for row in rows] == ["subject_4.nii.gz"]
+    assert all(0 <= float(row[f"class{number}"]) <= 1 for row in rows for number in range(2))
+    # One row of three pictures, 240 pixels wide.
+    assert Image.open(trained / "eval/overlay.png").width == 3 * 244 + 4
+
+
+def oblique():
+    """Anisotropic, rotated, and left-handed."""
+    turn = np.array(sitk.Euler3DTransform((0, 0, 0), 0.2, -0.3, 0.25).GetMatrix()).reshape(3, 3)
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-0.8, 0.9, 3.0])
+    affine[:3, 3] = 11, -7, 30
+    return affine
+
+
+def threshold(path):
+    """Weights of a 1 x 1 x 1 convolution that calls bright voxels class 1, and never says class 2."""
+    weights = {"weight": torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1, 1, 1), "bias": torch.tensor([0.0, 0.0, -9.0])}
+    torch.save({"model": weights}, path)
+    return {
+        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1},
+        "ckpt_path": str(path),
+    }
+
+
+def test_what_is_found_in_an_oblique_left_handed_thick_volume_lies_over_it(tmp_path):
+    values = np.random.default_rng(0).uniform(0, 0.1, (40, 36, 16)).astype(np.float32)
+    values[6:24, 5:20, 4:11] += 1
+    write(tmp_path / "mri/case.nii.gz", values, oblique())
+    root = copy_bundle(BRAIN, tmp_path / "bundles")
+    run(root, "inference", dataset_dir=str(tmp_path / "mri"), section="training", **threshold(tmp_path / "model.pt"))
+    found = sitk.ReadImage(str(root / "eval/case/case_seg.nii.gz"))
+    truth = sitk.ReadImage(str(tmp_path / "mri/case.nii.gz")) > 0.5
+    assert found.GetSize() == truth.GetSize()
+    for name in ("GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(found, name)(), getattr(truth, name)(), atol=1e-4)
+    # In the world as well: both resampled to a grid of the scanner's axes.
+    grid = sitk.Image(70, 70, 70, sitk.sitkUInt8)
+    grid.SetOrigin([place - 35 for place in truth.TransformContinuousIndexToPhysicalPoint([20, 18, 8])])
+    straight = [sitk.Resample(one, grid, sitk.Transform(), sitk.sitkNearestNeighbor) for one in (found, truth)]
+    for pair in ((found, truth), straight):
+        one, other = (sitk.GetArrayFromImage(each) > 0 for each in pair)
+        assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.9
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "inference"])
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [(None, "no such file. Train first"), ({"other": torch.ones(1)}, "weights do not fit the network")],
+)
+def test_weights_that_are_missing_or_of_another_network_are_an_error_and_no_random_network(
+    verb, state, words, subjects, tmp_path
+):
+    root = copy_bundle(BRAIN, tmp_path)
+    if state is not None:
+        (root / "models").mkdir()
+        torch.save({"model": state}, root / "models/model.pt")
+    assert words in refusal(root, verb, dataset_dir=str(subjects))
+
+
+@pytest.mark.parametrize("verb", KINDS)
+def test_without_images_a_bundle_says_what_to_put_where(verb, tmp_path):
+    root = copy_bundle(HIPPOCAMPUS, tmp_path)
+    made = workflow(root, verb)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
+        made.parser.get_parsed_content("train#dataset" if verb == "train" else "dataset")
+    message = reason_of(caught.value)
+    assert str(root / "data") in message
+    assert "--dataset_dir" in message
+
+
+def test_a_label_that_is_no_class_is_named_with_the_remedy(tmp_path):
+    folder = write_subjects(tmp_path / "data")
+    label = folder / "labels/subject_0.nii.gz"
+    write(label, np.asarray(nib.load(label).dataobj) * 3)
+    root = copy_bundle(BRAIN, tmp_path / "bundles")
+    message = refusal(root, "train", dataset_dir=str(folder), max_epochs=1)
+    assert "subject_0.nii.gz: holds 3, 6; classes are 0 to 2" in message
+    assert "--out_channels" in message
+
+
+@pytest.fixture(scope="module")
+def encoder_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    encoder = spad_vit_tiny(1, (24, 24, 24), [4, 4, 4], depth=2, embed_dim=48, num_heads=3)
+    save_encoder(encoder, path, {"mean": 0.5, "std": 0.5})
+    return path
+
+
+def test_a_pretrained_encoder_is_what_training_begins_with_and_stays_so_while_frozen(encoder_path, subjects, tmp_path):
+    root = copy_bundle(BRAIN, tmp_path)
+    options = {"dataset_dir": str(subjects), "encoder_path": str(encoder_path), "max_epochs": 1, "fraction": 0.4}
+    run(root, "train", frozen_epochs=1, **options)
+    state = torch.load(root / "models/model.pt", weights_only=True)["model"]
+    encoder = load_encoder(encoder_path).state_dict()
+    assert all(torch.equal(state[f"encoder.{name}"], value) for name, value in encoder.items())
+    run(root, "evaluate", dataset_dir=str(subjects), encoder_path=str(encoder_path), flips=[4])
+    assert "weights do not fit" in refusal(root, "evaluate", dataset_dir=str(subjects))
+    run(root, "train", **options)
+    state = torch.load(root / "models/model.pt", weights_only=True)["model"]
+    assert any(not torch.equal(state[f"encoder.{name}"], value) for name, value in encoder.items())
+
+
+def test_overrides_as_monai_label_makes_them_go_on_from_the_weights(trained, subjects, tmp_path):
+    root = tmp_path / BRAIN
+    shutil.copytree(trained, root)
+    handlers = json.loads((root / "configs/train.json").read_text())["train"]["handlers"]
+    before = torch.load(root / "models/model.pt", weights_only=True)["model"]
+    loader = {
+        "_target_": "monai.handlers.CheckpointLoader", "load_path": str(root / "models/model.pt"),
+        "load_dict": {"model": "$@network"},
+    }  # fmt: skip
+    items = [{key: str(subjects / f"{key}s/subject_{n}.nii.gz") for key in ("image", "label")} for n in range(2)]
+    run(
+        root, "train", device="cpu", learning_rate=1e-9,
+        **{
+            "train#trainer#max_epochs": 1, "train#dataset#data": items, "validate#dataset#data": items[:1],
+            "train#handlers": [loader, *handlers],
+        },
+    )  # fmt: skip
+    after = torch.load(root / "models/model.pt", weights_only=True)["model"]
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
