@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from biovfm_monai import distributed
+from biovfm_monai.checkpoints.state import newest_state, read_state, states_in
 from biovfm_monai.data import write_samples
 from biovfm_monai.engines import PretrainingTrainer
 from biovfm_monai.errors import report_input_errors
@@ -34,7 +36,6 @@ SMALL = {
     "max_epochs": 2, "steps_per_epoch": STEPS, "batch_size": BATCH, "precision": "fp32", "img_size": [32, 32],
     "crop_size": [48, 48], "encoder::depth": 1,
 }  # fmt: skip
-LATEST = "latest.pt"
 
 
 class Point(NamedTuple):
@@ -98,17 +99,24 @@ def stop_at(trainer: PretrainingTrainer, point: Point) -> None:
 
 
 def stop_in_writing(count: int) -> None:
-    """Kill this process when half of a state is on disk."""
-    save, left = torch.save, [count]
+    """Kill this process when half of its share of a state is on disk."""
+    write, left = HuggingFaceStorageWriter.write_data, [count]
 
-    def dying(state: dict[str, Any], file: Any) -> None:
-        save(state, file)
-        left[0] -= "optimizer" in state
+    def dying(self: HuggingFaceStorageWriter, plan: Any, planner: Any) -> Any:
+        done = write(self, plan, planner)
+        left[0] -= 1
         if not left[0]:
-            os.truncate(file, Path(file).stat().st_size // 2)
+            cut_short(Path(self.path))
             os.kill(os.getpid(), signal.SIGKILL)
+        return done
 
-    torch.save = dying
+    setattr(HuggingFaceStorageWriter, "write_data", dying)  # noqa: B010 - mypy forbids the other way
+
+
+def cut_short(state: Path) -> None:
+    """Leave half of a file of a state."""
+    file = next(state.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def launch(out: Path, options: dict[str, Any], processes: int, point: Point | None = None, resume: bool = False) -> int:
@@ -126,7 +134,7 @@ def launch(out: Path, options: dict[str, Any], processes: int, point: Point | No
 def outcome(out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses, and the last weights."""
     losses = [json.loads(line)["loss"] for line in (out / "eval/log.jsonl").read_text().splitlines()]
-    return losses, torch.load(out / "models/state/latest.pt", weights_only=True)["method"]
+    return losses, read_state(newest_state(out / "models/state"), "method.")
 
 
 def same(out: Path, expected: Path) -> tuple[str, str]:
@@ -162,11 +170,10 @@ def main() -> None:
     for point in points:
         out, given = chosen.out / point.name, {**options, "accumulation_steps": point.accumulation}
         status = launch(out, given, point.processes, point)
-        states = out / "models/state"
+        states = states_in(out / "models/state")
         if point.how == "CUT":
-            os.truncate(states / LATEST, (states / LATEST).stat().st_size // 2)
-        names = ("previous.pt",) if point.how == "CUT" else ("stopped.pt", LATEST)
-        left = next((name for name in names if (states / name).exists()), "nothing")
+            cut_short(states.pop(0))
+        left = f"`{states[0].name}`" if states else "nothing"
         launch(out, given, point.processes, resume=True)
         whole = wholes[point.processes, point.accumulation]
         print(f"| {point.name} | {status} | {left} |", " | ".join(same(out, whole)), "|", flush=True)

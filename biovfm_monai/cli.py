@@ -173,7 +173,7 @@ def export(target: str, path: str, out: str, img_size: Any = None, anisotropy: i
     Args:
         target: safetensors, timm, dinov2, huggingface, monai, pumit, torchscript, onnx, bundle (its
             models/model.pt); or method, with heads and teacher.
-        path: encoder file; of method, a run's models/state/latest.pt.
+        path: encoder file; of method, a run's models/state, or one in it.
         out: file to write; of huggingface, a folder.
         img_size: of onnx, size of its input, such as [224,224].
         anisotropy: of onnx, 0 for isotropic volumes to 5 for 2D images.

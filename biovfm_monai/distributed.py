@@ -22,8 +22,9 @@ from monai.data import utils as monai_data
 from torch import Tensor
 
 __all__ = [
-    "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "heeding_signals", "initialize", "is_main",
-    "leave_unfinished", "local_world_size", "mean", "most", "rank", "total", "worker_init_fn", "world_size",
+    "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "group_beside", "heeding_signals",
+    "initialize", "is_main", "leave_unfinished", "local_world_size", "mean", "most", "rank", "total", "worker_init_fn",
+    "world_size",
 ]  # fmt: skip
 
 RESTART = 75
@@ -128,6 +129,11 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def group_beside() -> dist.ProcessGroup | None:
+    """A further Gloo group of all processes, for a thread beside training: all call it; None of a process alone."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def rank() -> int:

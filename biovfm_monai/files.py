@@ -6,13 +6,14 @@ import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["require_writable", "set_aside", "version_of", "write_atomically", "write_json"]
+__all__ = ["rename_over", "require_writable", "set_aside", "version_of", "write_atomically", "write_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,17 @@ def version_of(path: Path) -> tuple[int, ...]:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
+def rename_over(path: Path, target: Path) -> None:
+    """Rename a file or folder, in place of what has the name."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    path.replace(target)
+
+
 def set_aside(path: Path) -> None:
-    """Rename a file of an earlier run, if there is one, to `*.before`, so that a new run does not write over it."""
+    """Rename a file or folder of an earlier run to `*.before`, if it is there, so that a new run leaves it alone."""
     if path.exists():
-        path.replace(path.with_name(f"{path.name}.before"))
+        rename_over(path, path.with_name(f"{path.name}.before"))
         logger.info("%s is of an earlier run, and is now %s.before", path, path.name)
 
 

@@ -95,7 +95,7 @@ each turned, mirrored, zoomed and changed in contrast at random (chance {scores[
 
 What is where:
     encoder               {root}/models/encoder.safetensors
-    checkpoint            {root}/models/state/latest.pt
+    checkpoint            {root}/models/state
     reconstructions       {root}/eval/reconstruction.png
     TensorBoard log       {root}/eval/tensorboard
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from biovfm_monai.checkpoints.encoder import load_encoder, save_embedder
 from biovfm_monai.checkpoints.huggingface import to_huggingface
 from biovfm_monai.checkpoints.onnx import write_onnx
 from biovfm_monai.checkpoints.read import require_other
+from biovfm_monai.checkpoints.state import damage, newest_state, read_state
 from biovfm_monai.errors import InputError
 from biovfm_monai.files import write_atomically
 from biovfm_monai.networks import ViT
@@ -39,7 +39,7 @@ def export(
             "huggingface", a folder; "monai", for MONAI's `ViT`; "pumit"; "torchscript"; "onnx"; "bundle", the
             models/model.pt of a MONAI bundle; or "method", everything that was trained, heads and teacher too, from a
             state to resume from.
-        path: encoder file; of "method", the run's models/state/latest.pt.
+        path: encoder file; of "method", the run's models/state, or one in it.
         out: file to write, safetensors if it ends so; of "huggingface", a folder.
         img_size: of "onnx", size of its input; None for what the encoder was made for.
         anisotropy: of "onnx", degree of anisotropy of its input, as in `ViT.patchify`.
@@ -109,11 +109,7 @@ def _write_folder(encoder: ViT, out: Path) -> None:
 
 def _trained(path: Path) -> dict[str, Tensor]:
     """The weights in a state to resume from."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True)["method"])
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file. Give a run's models/state/latest.pt.") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: damaged, or no state to resume from. Give a run's models/state/latest.pt."
-        ) from error
+    path = newest_state(path)
+    if reason := damage(path):
+        raise InputError(f"{path}: is damaged ({reason}). Give another of the run's models/state.")
+    return {name.removeprefix("method."): x for name, x in read_state(path, "method.").items()}

@@ -47,6 +47,8 @@ class StepEvents(EventEnum):
 
     GRADIENTS_COMPLETED = "gradients_completed"
     """All gradients of a step are there, `engine.state.gradient_norm` is theirs: `leave_out_step` can be called."""
+    RUN_ENDED = "run_ended"
+    """`run` is about to return or to raise, whatever ended it: what goes on beside it is to be waited for."""
 
 
 class PretrainingTrainer(SupervisedTrainer):
@@ -142,9 +144,12 @@ class PretrainingTrainer(SupervisedTrainer):
         require_same_everywhere(self)
         self._again, self.stopped = True, False
         with distributed.heeding_signals():
-            while self._again:
-                self._again = False
-                super().run()
+            try:
+                while self._again:
+                    self._again = False
+                    super().run()
+            finally:
+                self.fire_event(StepEvents.RUN_ENDED)
 
     def begin_again(self) -> None:
         """End the run after this iteration, and let it begin again where handlers of `Events.STARTED` put it."""

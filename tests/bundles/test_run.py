@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from biovfm_monai import cli, quickstart
 from biovfm_monai.checkpoints import encoder_info, load_encoder
+from biovfm_monai.checkpoints.state import states_in
 from biovfm_monai.errors import InputError, reason_of
 from biovfm_monai.networks import Embedder, vit_small
 from biovfm_monai.shipped import copy_bundle
@@ -53,8 +54,9 @@ def trained(tmp_path_factory, samples):
 
 
 def test_training_leaves_every_file_that_it_promises(trained):
-    for file in ("models/encoder.safetensors", "models/model.pt", "models/state/latest.pt", "eval/log.jsonl"):
+    for file in ("models/encoder.safetensors", "models/model.pt", "eval/log.jsonl"):
         assert (trained / file).is_file(), file
+    assert states_in(trained / "models/state")
     assert Image.open(trained / "eval/reconstruction.png").height > 6 * 192
     assert not list((trained / "models").rglob(".*"))
 
@@ -369,7 +371,7 @@ def test_the_quickstart_ends_with_scores_places_and_next_commands(trained, tmp_p
         assert word in summary
     for place in (
         "models/encoder.safetensors",
-        "models/state/latest.pt",
+        "models/state",
         "eval/reconstruction.png",
         "eval/tensorboard",
     ):

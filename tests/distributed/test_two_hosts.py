@@ -14,6 +14,7 @@ import torch
 from processes import TORCHRUN, call
 from safetensors.torch import load_file
 
+from biovfm_monai.checkpoints.state import states_in
 from biovfm_monai.shipped import shipped_folder
 
 BUNDLE = shipped_folder("bundles") / "biovfm_mae_pretraining"
@@ -122,7 +123,7 @@ def test_a_host_that_fails_and_comes_back_changes_nothing(hosts, tmp_path):
     root.mkdir(parents=True)
     with agents() as start:
         first, second = (start(number, name, root) for number, name in enumerate(hosts))
-        wait_for((root / "models/state/latest.pt").exists, first)
+        wait_for(lambda: states_in(root / "models/state"), first)
         kill(second)
         assert first.poll() is None
         second = start(1, hosts[1], root)

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from biovfm_monai.checkpoints.state import about_state, newest_state
 from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines import (
     BadStepHandler,
@@ -183,7 +184,7 @@ def test_a_collapse_can_stop_the_run_with_one_line_before_its_state_is_written(t
         run(Regression(constant=True), *handlers, epochs=4)
     assert reason_of(caught.value) == str(caught.value)
     assert "\n" not in str(caught.value)
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
+    assert about_state(newest_state(tmp_path))["epoch"] == 1
 
 
 @pytest.mark.parametrize("on_collapse", ["warn", "stop", "rewind"])
@@ -192,7 +193,7 @@ def test_numbers_that_are_not_finite_never_reach_a_state(tmp_path, on_collapse):
     options = {"warmup": 0.9, "on_collapse": on_collapse, "states": states}
     with pytest.raises(CollapseError, match="collapse at epoch 3: embeddings are not finite"):
         run(Regression(breaks=True), states, watch(**options), epochs=4)
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
+    assert about_state(newest_state(tmp_path))["epoch"] == 2
 
 
 def test_a_healthy_encoder_goes_on_without_a_word(caplog):
@@ -320,7 +321,7 @@ def test_after_as_many_ways_back_as_were_asked_for_the_run_is_stopped(tmp_path, 
     with pytest.raises(CollapseError, match=r"collapse at epoch 3: .*The run went back 1 time\(s\) already"):
         attracted(tmp_path, most_rewinds=1)
     assert caplog.text.count("Going back") == 1
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
+    assert about_state(newest_state(tmp_path))["epoch"] == 2
 
 
 @pytest.mark.parametrize(("epoch", "warmup"), [(1, 0.0), (6, 0.99)])

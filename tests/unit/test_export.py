@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from biovfm_monai import checkpoints, cli
 from biovfm_monai.checkpoints import convert, export, load_encoder, read_weights, save_encoder
+from biovfm_monai.checkpoints.state import state_name, write_state
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import Embedder, ViT
@@ -199,10 +200,16 @@ def test_a_bundles_model_and_the_tensors_alone_are_what_they_say(tmp_path):
 def test_heads_come_out_with_everything_that_was_trained(tmp_path):
     encoder, _ = encoder_file(tmp_path)
     method = MAE(encoder, 0.75, 16, 1, 2)
-    torch.save({"method": method.state_dict(), "step": 3}, tmp_path / "latest.pt")
-    export("method", tmp_path / "latest.pt", tmp_path / "all.safetensors")
-    method.load_state_dict(load_file(tmp_path / "all.safetensors"))
-    assert "decoder_pred.weight" in load_file(tmp_path / "all.safetensors")
+    tensors = {f"method.{name}": x.clone() for name, x in method.state_dict().items()}
+    tensors["optimizer.0.step"] = torch.ones(())
+    shapes = {name: list(x.shape) for name, x in tensors.items()}
+    for number in (2, 3):
+        write_state(tmp_path / state_name(number), tensors, shapes, {"step": number})
+    for path in (tmp_path, tmp_path / state_name(2)):
+        torch.nn.init.zeros_(method.mask_token)
+        export("method", path, tmp_path / "all.safetensors")
+        method.load_state_dict(load_file(tmp_path / "all.safetensors"))
+        assert torch.equal(method.mask_token, tensors["method.mask_token"])
 
 
 # Bad input
@@ -278,14 +285,15 @@ def test_an_encoder_file_is_never_written_over(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [None, b"no checkpoint", {"weights": 1}])
-def test_a_file_that_is_no_state_is_refused(tmp_path, content):
-    path = tmp_path / "latest.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        torch.save(content, path)
-    with pytest.raises(InputError, match=r"latest\.pt: .*Give a run's models/state/latest\.pt"):
+@pytest.mark.parametrize("content", [None, "a file", "{}", "no JSON", '{"format": 2, "tensors": {"method.a": [1]}}'])
+def test_what_is_no_state_is_refused(tmp_path, content):
+    path = tmp_path / state_name(3)
+    if content == "a file":
+        path.touch()
+    elif content is not None:
+        path.mkdir()
+        (path / "state.json").write_text(content)
+    with pytest.raises(InputError, match=r"step-00000003: .*Give a.* run's models/state"):
         export("method", path, tmp_path / "out.safetensors")
 
 

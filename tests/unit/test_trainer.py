@@ -1,10 +1,12 @@
 """The engine: what happens once per optimizer step, what ends a run, and that a killed run goes on exactly."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from biovfm_monai import distributed
+from biovfm_monai.checkpoints import state
+from biovfm_monai.checkpoints.state import about_state, read_state, states_in, step_of
 from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines import (
     BadStepHandler,
@@ -244,6 +248,10 @@ def test_limits_of_bad_steps_that_mean_nothing_are_refused(options):
         BadStepHandler(**options)
 
 
+def states_of(folder):
+    return [path.name for path in states_in(folder)]
+
+
 def run_epochs(folder, epochs, total, resume, accumulation=1, events=(), loading=None):
     method = mae()
     optimizer = torch.optim.AdamW(parameter_groups(method), lr=1e-2)
@@ -274,22 +282,22 @@ def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(tmp_path, iteration, numb
     before = signal.getsignal(number)
     run_epochs(tmp_path / "parts", 4, 4, False, accumulation, [sends])
     assert signal.getsignal(number) == before
-    state = torch.load(tmp_path / "parts/stopped.pt", weights_only=True)
-    assert (state["step"], state["epoch"]) == (stops, stops // 3)
+    about = about_state(tmp_path / f"parts/step-{stops:08d}-stopped")
+    assert (about["step"], about["epoch"]) == (stops, stops // 3)
     with pytest.raises(SystemExit, match=str(distributed.RESTART)):
         distributed.finalize()
     resumed = run_epochs(tmp_path / "parts", 4, 4, True, accumulation)
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert of_log(tmp_path / "whole") == of_log(tmp_path / "parts")
-    assert sorted(path.name for path in (tmp_path / "parts").glob("*.pt")) == ["latest.pt", "previous.pt"]
+    assert states_of(tmp_path / "parts") == ["step-00000012", "step-00000009"]
     distributed.finalize()
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
     sends = Events.ITERATION_STARTED(once=3), lambda _: os.kill(os.getpid(), signal.SIGTERM)
     run_epochs(tmp_path, 1, 1, False, 1, [sends])
-    assert [path.name for path in tmp_path.glob("*.pt")] == ["latest.pt"]
+    assert states_of(tmp_path) == ["step-00000003"]
     distributed.finalize()
 
 
@@ -307,7 +315,7 @@ def test_signals_to_every_process_of_a_job_stop_it_once(tmp_path):
     expected = run_epochs(tmp_path / "whole", 2, 2, False)
     loading = {"num_workers": 2, "worker_init_fn": distributed.worker_init_fn}
     run_epochs(tmp_path / "parts", 2, 2, False, 1, [(Events.ITERATION_STARTED(once=2), signals)], loading)
-    assert (tmp_path / "parts/stopped.pt").exists()
+    assert states_of(tmp_path / "parts") == ["step-00000002-stopped"]
     resumed = run_epochs(tmp_path / "parts", 2, 2, True)
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -332,10 +340,10 @@ def test_a_damaged_state_of_a_stopped_run_falls_back_to_the_end_of_the_epoch_bef
     sends = Events.ITERATION_STARTED(once=5), lambda _: os.kill(os.getpid(), signal.SIGTERM)
     expected = run_epochs(tmp_path / "whole", 4, 4, False)
     run_epochs(tmp_path / "parts", 4, 4, False, 1, [sends])
-    stopped = tmp_path / "parts/stopped.pt"
+    (stopped,) = (tmp_path / "parts").glob("*-stopped/*.safetensors")
     stopped.write_bytes(stopped.read_bytes()[:1000])
     resumed = run_epochs(tmp_path / "parts", 4, 4, True)
-    assert "stopped.pt is damaged" in caplog.text
+    assert "step-00000005-stopped is damaged" in caplog.text
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -352,15 +360,36 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path):
     assert lines[0] == lines[1]
 
 
-def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, caplog):
+def cut_short(state):
+    (file,) = state.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def emptied(state):
+    next(state.glob("*.safetensors")).write_bytes(b"")
+
+
+def without_a_file(state):
+    next(state.glob("*.safetensors")).unlink()
+
+
+def without_json(state):
+    (state / "state.json").unlink()
+
+
+def with_half_of_the_json(state):
+    (state / "state.json").write_text((state / "state.json").read_text()[:100])
+
+
+@pytest.mark.parametrize("spoilt", [cut_short, emptied, without_a_file, without_json, with_half_of_the_json])
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, caplog, spoilt):
     run_epochs(tmp_path, 3, 4, False)
-    latest = tmp_path / "latest.pt"
-    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    spoilt(tmp_path / "step-00000009")
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')
     run_epochs(tmp_path, 4, 4, True)
-    assert "latest.pt is damaged" in caplog.text
-    assert torch.load(latest, weights_only=True)["epoch"] == 4
+    assert "step-00000009 is damaged" in caplog.text
+    assert states_of(tmp_path) == ["step-00000012", "step-00000009"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
     assert len(steps) > 4
     assert steps == sorted(set(steps))
@@ -371,7 +400,7 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
     with pytest.raises(
         InputError,
-        match=r"latest\.pt: is the state of another configuration: method MAE instead of Line; seed 7.*Resume",
+        match=r"step-00000003: is the state of another configuration: method MAE instead of Line; seed 7.*Resume",
     ) as caught:
         engine.run()
     assert "\n" not in str(caught.value)
@@ -392,24 +421,23 @@ def test_the_precision_chosen_for_a_cpu_is_bf16_only_where_it_multiplies_it_itse
 
 def test_resuming_from_an_empty_folder_starts_anew(tmp_path):
     run_epochs(tmp_path / "new", 1, 1, True)
-    assert (tmp_path / "new/latest.pt").exists()
+    assert states_of(tmp_path / "new") == ["step-00000003"]
 
 
 KILLED = """
-import sys, time, torch
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_trainer
-save = torch.save
-def slow(state, path, *rest):
-    if state["epoch"] == 3:
-        save(state, path)
-        data = Path(path).read_bytes()
-        Path(path).write_bytes(data[: len(data) // 2])
+from biovfm_monai.checkpoints import state
+write = state.write_json
+def slow(path, about):
+    if about["epoch"] == 3:
+        test_trainer.cut_short(Path(path).parent)
         print("half", flush=True)
         time.sleep(60)
-    save(state, path, *rest)
-torch.save = slow
+    write(path, about)
+state.write_json = slow
 test_trainer.run_epochs(Path({folder!r}), 4, 4, False)
 """
 
@@ -426,7 +454,8 @@ def test_kill_9_while_a_state_is_written_leaves_the_one_before_usable(tmp_path):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 2
+    assert states_of(tmp_path) == ["step-00000006", "step-00000003"]
+    assert (tmp_path / ".step-00000009.draft").exists()
     resumed = run_epochs(tmp_path, 4, 4, True)
     expected = run_epochs(tmp_path / "whole", 4, 4, False)
     for a, b in zip(expected.parameters(), resumed.parameters(), strict=True):
@@ -460,9 +489,16 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path):
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path):
     run_epochs(tmp_path, 1, 2, False)
-    state = torch.load(tmp_path / "latest.pt", weights_only=True)
-    torch.save({**state, "format": state["format"] + 1}, tmp_path / "latest.pt")
-    with pytest.raises(InputError, match=r"latest\.pt: was written by a newer version"):
+    about = tmp_path / "step-00000003/state.json"
+    found = json.loads(about.read_text())
+    about.write_text(json.dumps({**found, "format": found["format"] + 1}))
+    with pytest.raises(InputError, match=r"step-00000003: was written by a newer version"):
+        run_epochs(tmp_path, 1, 2, True)
+
+
+def test_a_state_of_the_version_before_is_refused(tmp_path):
+    (tmp_path / "latest.pt").touch()
+    with pytest.raises(InputError, match=r"latest\.pt: was written by an older version .* start anew"):
         run_epochs(tmp_path, 1, 2, True)
 
 
@@ -481,8 +517,8 @@ def test_resuming_with_other_accumulation_steps_keeps_its_place(tmp_path):
 
 def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_lost(tmp_path):
     run_epochs(tmp_path, 2, 2, False)
-    for name in ("latest.pt", "previous.pt"):
-        (tmp_path / name).write_bytes(b"broken")
+    for path in states_in(tmp_path):
+        cut_short(path)
     with pytest.raises(InputError, match="no state in it can be read"):
         run_epochs(tmp_path, 2, 2, True)
     assert len(list(tmp_path.glob("*.damaged"))) == 2
@@ -491,9 +527,49 @@ def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_los
 def test_starting_anew_sets_the_states_of_an_earlier_run_aside(tmp_path):
     run_epochs(tmp_path, 4, 4, False)
     run_epochs(tmp_path, 1, 4, False)
-    assert not (tmp_path / "previous.pt").exists()
-    assert torch.load(tmp_path / "latest.pt.before", weights_only=True)["epoch"] == 4
-    assert torch.load(tmp_path / "latest.pt", weights_only=True)["epoch"] == 1
+    assert states_of(tmp_path) == ["step-00000003"]
+    assert about_state(tmp_path / "step-00000012.before")["epoch"] == 4
+
+
+def test_the_newest_states_and_every_so_manieth_stay(tmp_path):
+    trainer(Line(), 7, steps=3, train_handlers=[StateHandler(tmp_path, keep=1, keep_every=3)]).run()
+    assert [step_of(path) // 3 for path in states_in(tmp_path)] == [7, 6, 3]
+
+
+def test_training_goes_on_while_a_state_is_written_and_the_next_one_waits(tmp_path, monkeypatch):
+    write, goes_on, expected = state.write_json, threading.Event(), []
+
+    def held_up(path, about):
+        assert goes_on.wait(60)
+        write(path, about)
+
+    monkeypatch.setattr(state, "write_json", held_up)
+    engine = trainer(Line(), 2, steps=3, train_handlers=[StateHandler(tmp_path)])
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda _: goes_on.set())
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: expected.append(e.method.weight.item()))
+    engine.run()
+    assert states_of(tmp_path) == ["step-00000006", "step-00000003"]
+    assert [read_state(path)["method.weight"].item() for path in states_in(tmp_path)] == expected[::-1]
+    assert expected[0] != expected[1]
+
+
+def test_a_disk_without_room_ends_the_run_at_its_next_step_in_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("safetensors.torch.save", full)
+    engine = trainer(Line(), 50, steps=3, train_handlers=[StateHandler(tmp_path)])
+    with pytest.raises(InputError, match=r"step-00000003: could not be written \(process 0: No space left") as caught:
+        engine.run()
+    assert "\n" not in str(caught.value)
+    assert states_of(tmp_path) == []
+    assert engine.step <= 6
+
+
+@pytest.mark.parametrize("options", [{"interval": 0}, {"keep": 0}, {"keep_every": 0}])
+def test_numbers_of_states_that_mean_nothing_are_refused(tmp_path, options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} 0 must be"):
+        StateHandler(tmp_path, **options)
 
 
 def test_an_epoch_of_another_length_than_the_samplers_is_refused():
