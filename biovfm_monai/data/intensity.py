@@ -207,6 +207,8 @@ def _coarser(image: Tensor, pixel: Tensor) -> Tensor:
 
 def _noisy(image: Tensor, deviation: Tensor, seed: Tensor) -> Tensor:
     for row, size, number in zip(image, deviation.tolist(), seed.tolist(), strict=True):
-        noise = torch.randn(row.shape, generator=torch.Generator(image.device).manual_seed(number), device=image.device)
+        # One for all channels: grey that is repeated for a network of colours stays grey.
+        random = torch.Generator(image.device).manual_seed(number)
+        noise = torch.randn(row[:1].shape, generator=random, device=image.device)
         row.add_(noise, alpha=size)
     return image.clamp_(0, 1)

@@ -33,7 +33,8 @@ class Policy:
         gamma: (probability, g): to a power of 1 / g to g, half of the time of the inverted image.
         blur: (probability, largest standard deviation in pixels) of a Gaussian in the plane, 0.1 at least.
         low_resolution: (probability, f): as if pixels were up to f times as wide.
-        noise: (probability, largest standard deviation), where [0, 1] is black to white.
+        noise: (probability, largest standard deviation), where [0, 1] is black to white; the same
+            in all channels.
         solarise: probability that what is brighter than half is inverted.
 
     Raises:

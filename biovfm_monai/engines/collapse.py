@@ -35,8 +35,8 @@ _SPREAD = (
 def effective_rank(embedding: Tensor) -> float:
     """How many directions embeddings use alike: the exponential of the entropy of their singular values, by RankMe.
 
-    They are not centred first, as in MONAI's `EmbeddingCollapseMetric`: all that centring leaves of an encoder that has
-    collapsed to one vector is noise, which uses all directions.
+    MONAI's `EmbeddingCollapseMetric` centres them first. Here they are not, since all that centring leaves of an
+    encoder that has collapsed to one vector is noise, which uses all directions.
 
     Args:
         embedding: N x C.

@@ -24,7 +24,7 @@ def sinkhorn(scores: Tensor, temperature: float | Tensor, iterations: int = 3) -
 
     Args:
         scores: N x K, of this process's images for each prototype.
-        temperature: the scores are divided by.
+        temperature: the scores are divided by; their range over it stays below 67, or rows lose their sum of 1.
         iterations: of Sinkhorn and Knopp's scaling of prototypes and images in turn.
 
     Returns:
@@ -60,16 +60,17 @@ def row_entropy(shares: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prototype_usage(shares: Tensor) -> Tensor:
-    """Share of the prototypes that images use: the exponential of the entropy of their mean use, over K.
+def prototype_usage(scores: Tensor) -> Tensor:
+    """Share of the prototypes that images use: the exponential of the entropy of how often each is likeliest, over K.
 
-    It is 1 / K where all images of all processes share one prototype, and 1 where all prototypes are used alike.
+    It is 1 / K where one prototype is the likeliest of all images of all processes, N / K where each image has another.
 
     Args:
-        shares: N x K, each row with a sum of 1; N may differ between processes.
+        scores: N x K, or shares; N may differ between processes.
     """
-    used = distributed.total(shares.sum(0))
-    return shares.shape[1] ** (row_entropy((used / used.sum())[None])[0] - 1)
+    counts = scores.new_zeros(scores.shape[1]).scatter_add_(0, scores.argmax(1), scores.new_ones(len(scores)))
+    used = distributed.total(counts)
+    return scores.shape[1] ** (row_entropy((used / used.sum())[None])[0] - 1)
 
 
 def koleo(embedding: Tensor, eps: float = 1e-4) -> Tensor:

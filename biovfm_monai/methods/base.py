@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import SoftTokenizer, ViT
 
-__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch"]
+__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch", "small_views"]
 
 _VIEWS = {"image": "RandomResizedCrop", "global_crops": "MultiCrop", "local_crops": "MultiCrop"}
 
@@ -69,6 +69,21 @@ def images_of_batch(batch: Mapping[str, Any], name: str, views: int | None = Non
             f"Let biovfm_monai.data.{_VIEWS[name]} make {views}."
         )
     return batch[name]
+
+
+def small_views(batch: Mapping[str, Any], patch_size: Sequence[int]) -> Tensor | None:
+    """The local crops of a batch, views x B x C x D x H x W; None where it has none.
+
+    Raises:
+        InputError: when they do not divide into patches.
+    """
+    local: Tensor | None = batch.get("local_crops")
+    if local is not None and any(n % side for n, side in zip(local.shape[-2:], patch_size[-2:], strict=True)):
+        raise InputError(
+            f"small views of {list(local.shape[-2:])} pixels do not divide into patches of {list(patch_size[-2:])}. "
+            "Give --views::local_view::img_size that does."
+        )
+    return local
 
 
 def keys_of_batch(batch: Mapping[str, Any], count: int, device: torch.device) -> Tensor:

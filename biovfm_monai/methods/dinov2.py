@@ -14,7 +14,7 @@ from biovfm_monai import distributed
 from biovfm_monai.draws import Use, forked, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch, small_views
 from biovfm_monai.methods.prototype_head import PrototypeHead
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import Patches, ViT, encode_together
@@ -23,6 +23,7 @@ from biovfm_monai.networks.masking import block_mask
 __all__ = ["DINOv2"]
 
 _CENTER_MOMENTUM = 0.9
+_LEAST_IMAGES, _LEAST_TEMPERATURE = 2, 0.03
 _VIEW = 1000
 
 
@@ -40,7 +41,7 @@ class DINOv2(SSLMethod):
             there is room for; for small batches.
         dino_weight, ibot_weight, koleo_weight: of the losses of views, of hidden patches, and of spreading out.
         student_temp: of the student's scores.
-        teacher_temp: of the teacher's, at the start, and after the warm-up.
+        teacher_temp: of the teacher's, at the start, and after the warm-up; 0.03 or more.
         warmup: share of the run over which teacher_temp rises.
         momentum: share of its weights that the teacher keeps in a step; it rises to 1.
         mask_probability: share of the large views of which blocks are hidden.
@@ -85,7 +86,9 @@ class DINOv2(SSLMethod):
         require_within(0, whole=True, queue=queue)
         if queue and centering == "mean":
             raise InputError(f"centering 'mean' has no use for a queue, which is {queue}. Give queue 0, or 'sinkhorn'.")
-        require_within(0, above=True, student_temp=student_temp, teacher_temp=teacher_temp)
+        require_within(0, above=True, student_temp=student_temp)
+        # Scores are cosines: below, their exponentials are no float32 numbers any more, and Sinkhorn loses rows.
+        require_within(_LEAST_TEMPERATURE, teacher_temp=teacher_temp)
         require_within(0, 1, momentum=momentum, mask_probability=mask_probability, freeze_last_layer=freeze_last_layer)
         require_within(0, 1, above=True, warmup=warmup)
         require_pair(0, 1, mask_ratio=mask_ratio)
@@ -126,14 +129,16 @@ class DINOv2(SSLMethod):
 
         Returns:
             "loss", its parts "dino", "ibot" and "koleo", and of how the teacher shares out large views over prototypes
-            "teacher_entropy", a view's as a share of its largest value, and "prototype_usage".
+            "teacher_entropy", a view's as a share of its largest value, and "prototype_usage", of those that are the
+            likeliest of some view.
 
         Raises:
-            InputError: when there are no two views to compare.
+            InputError: when there are no two views to compare, small ones do not divide into patches, or Sinkhorn has
+                one image to share out.
         """
         crops = images_of_batch(batch, "global_crops")
         views, b = crops.shape[:2]
-        local = batch.get("local_crops")
+        local = small_views(batch, self.encoder.patch_embed.patch_size)
         if views < 2 and local is None:
             raise InputError(
                 "DINOv2 compares views, and there is one. Give MultiCrop two global_views, or a local_view."
@@ -143,14 +148,15 @@ class DINOv2(SSLMethod):
         hidden = self._hidden(batch, views, patches)
         large, small = self._learn(patches, hidden, local, degree)
         taught = self._teach(patches)
-        shares = self._shares(taught[:, 0])
+        shares, usage = self._shares(taught[:, 0], b)
         rows = hidden.flatten().nonzero()[:, 0].to(taught.device, non_blocking=True)
         of_large, of_small, of_patches = self._scores(large, small, rows)
         dino = self._dino(shares.unflatten(0, (views, b)), of_large, of_small)
         ibot = self._ibot(taught, of_patches, hidden, rows)
-        spread = torch.stack([koleo(one) for one in large[:, 0].unflatten(0, (views, b))]).mean()
+        # As in DINOv2's own code the weight is of each large view, and views without hidden patches count.
+        spread = torch.stack([koleo(one) for one in large[:, 0].unflatten(0, (views, b))]).sum()
         loss = self.weights[0] * dino + self.weights[1] * ibot + self.weights[2] * spread
-        watched = {"teacher_entropy": row_entropy(shares).mean(), "prototype_usage": prototype_usage(shares)}
+        watched = {"teacher_entropy": row_entropy(shares).mean(), "prototype_usage": usage}
         return {"loss": loss, "dino": dino, "ibot": ibot, "koleo": spread, **watched}
 
     def _hidden(self, batch: Mapping[str, Any], views: int, patches: Patches) -> Tensor:
@@ -182,21 +188,30 @@ class DINOv2(SSLMethod):
         return encoder.encode(*encoder.embed(patches))[0]
 
     @torch.no_grad()
-    def _shares(self, tokens: Tensor) -> Tensor:
-        """How the teacher shares out class tokens over prototypes: N x K, rows with a sum of 1."""
+    def _shares(self, tokens: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """How the teacher shares out class tokens over prototypes, N x K with rows of sum 1, and how many it uses."""
         head = self.teacher.network["head"]
         embedding = head.embed(tokens)
         if not len(self.queue):
-            return self._centred(head.likeness(embedding), 0)
+            if self.centering == "sinkhorn" and images * distributed.world_size() < _LEAST_IMAGES:
+                raise InputError(
+                    f"Sinkhorn gives each prototype as many images, and a step has {images}. Raise --batch_size, give "
+                    "--method::queue 2048, or --method::centering mean."
+                )
+            scores = head.likeness(embedding)
+            shares = self._centred(scores, 0)
+            # Sinkhorn evens out how often prototypes are used, even for images that are all alike.
+            return shares, prototype_usage(scores if self.centering == "sinkhorn" else shares)
         # All processes hold one queue, and each brings in its part of it: whole batches, since the order of rows within
         # one depends on how many processes there are.
         batches = len(self.queue) // (len(embedding) * distributed.world_size())
         rows = self.queue[: batches * len(embedding) * distributed.world_size()]
         earlier = rows[distributed.rank() :: distributed.world_size()]
-        shares = sinkhorn(head.likeness(torch.cat([embedding, earlier])), self._temperature())[: len(embedding)]
+        scores = head.likeness(torch.cat([embedding, earlier]))
+        shares = sinkhorn(scores, self._temperature())[: len(embedding)]
         if self.training:
             self.queue.copy_(torch.cat([distributed.gather(embedding), self.queue])[: len(self.queue)])
-        return shares
+        return shares, prototype_usage(scores[: len(embedding)])
 
     def _centred(self, scores: Tensor, kind: int) -> Tensor:
         """Shares of N x K scores; of class tokens where kind is 0, of patches where it is 1."""
@@ -236,7 +251,7 @@ class DINOv2(SSLMethod):
         return torch.stack(parts).sum() / pairs
 
     def _ibot(self, taught: Tensor, scores: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Mean over views with hidden patches of the mean over these: iBOT (https://arxiv.org/abs/2111.07832)."""
+        """Sum over views of the mean over their hidden patches, per view: iBOT (https://arxiv.org/abs/2111.07832)."""
         prefix, device = self.encoder.num_prefix_tokens, taught.device
         count = hidden.sum(1)
         weight = (1 / count.clamp(min=1)).repeat_interleave(count).to(device, non_blocking=True)
@@ -244,6 +259,4 @@ class DINOv2(SSLMethod):
         with torch.no_grad():
             teacher = self.teacher.network[name](taught[:, prefix:].flatten(0, 1).index_select(0, rows))
             shares = self._centred(teacher, 1)
-            # Gradients are averaged over processes, some of which may have hidden more than others.
-            images = distributed.total((count > 0).sum().float().to(device)).clamp(min=1) / distributed.world_size()
-        return (weight * soft_cross_entropy(shares, scores, self.student_temp)).sum() / images
+        return (weight * soft_cross_entropy(shares, scores, self.student_temp)).sum() / len(hidden)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.losses import sigreg
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, small_views
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import pool
@@ -55,11 +55,12 @@ class LeJEPA(SSLMethod):
         paper's listing; "sigreg" the mean of the views'.
 
         Raises:
-            InputError: when an image has a single view.
+            InputError: when an image has a single view, or small ones do not divide into patches.
         """
         crops, degree = [images_of_batch(batch, "global_crops")], degree_of_batch(batch)
-        if "local_crops" in batch:
-            crops.append(batch["local_crops"])
+        local = small_views(batch, self.encoder.patch_embed.patch_size)
+        if local is not None:
+            crops.append(local)
         views = sum(len(part) for part in crops)
         if views < 2:
             raise InputError(

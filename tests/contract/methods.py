@@ -28,6 +28,9 @@ METHODS = {
     "DINOv2": lambda encoder: DINOv2(encoder, **SMALL_HEAD),
     "DINOv2, centred, two heads": lambda encoder: DINOv2(encoder, **SMALL_HEAD, separate_heads=True, centering="mean"),
     "DINOv2, queue": lambda encoder: DINOv2(encoder, **SMALL_HEAD, queue=20),
+    "DINOv2, drop-path": lambda encoder: DINOv2(
+        ViT(**{**encoder.arguments, "drop_path_rate": 0.2}), **SMALL_HEAD, queue=20
+    ),
     "SimMIM": lambda encoder: SimMIM(encoder, mask_ratio=0.25, mask_size=16),
     "IJEPA": lambda encoder: IJEPA(encoder, predictor_embed_dim=24, predictor_depth=1),
     "MoCoV3": lambda encoder: MoCoV3(encoder, hidden_dim=32, projection_dim=16),

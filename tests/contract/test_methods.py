@@ -55,6 +55,10 @@ def test_the_loss_falls_on_one_batch(make, size):
 @pytest.mark.parametrize("n", [1, 2])
 def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
     method = make(encoder(size))
+    if n == 1 and make is METHODS["DINOv2"]:
+        with pytest.raises(InputError, match="a step has 1"):
+            method(batch(size, n))
+        return
     loss = method(batch(size, n))["loss"]
     loss.backward()
     assert loss.isfinite()

@@ -59,7 +59,9 @@ def test_sinkhorn_uses_each_prototype_as_much_once_it_has_converged():
 
 def test_sinkhorn_stands_large_scores_and_half_precision():
     for dtype in (torch.float16, torch.bfloat16):
-        assert sinkhorn((torch.randn(5, 7) * 1000).to(dtype), 0.04).isfinite().all()
+        # The widest range that cosines have at the lowest temperature that is taken, all rows near one prototype.
+        wide = (torch.eye(7)[:1] * 2 - 1 + torch.randn(5, 7) * 0.01).clamp(-1, 1).to(dtype)
+        torch.testing.assert_close(sinkhorn(wide, 0.03).sum(1), torch.ones(5))
         scores = torch.randn(40, 60)
         with torch.autocast("cpu", dtype=dtype):
             shares = sinkhorn(scores, 0.04)
@@ -121,10 +123,11 @@ def slow_losses(method, batch):
 
         pairs = [(t, s) for t in range(views) for s in range(len(views_seen)) if t != s]
         of_views = np.mean([entropy(shares[t, i], views_seen[s][i]) for t, s in pairs for i in range(b)])
+        spread = sum(koleo(torch.stack(tokens)).item() for tokens in views_seen[:views])
         of_patches = {}
         for (v, i, p), target in zip(picked, targets, strict=True):
             of_patches.setdefault((v, i), []).append(entropy(target, seen[v, i][1 + p]))
-        return of_views, np.mean([np.mean(values) for values in of_patches.values()])
+        return of_views, sum(np.mean(values) for values in of_patches.values()) / (views * b), spread
 
 
 def test_the_losses_are_those_of_one_view_and_patch_after_the_other():
@@ -132,9 +135,10 @@ def test_the_losses_are_those_of_one_view_and_patch_after_the_other():
     with torch.no_grad():
         method.mask_token.normal_()
     found = method(batch)
-    of_views, of_patches = slow_losses(method, batch)
+    of_views, of_patches, spread = slow_losses(method, batch)
     assert found["dino"].item() == pytest.approx(of_views, rel=1e-4)
     assert found["ibot"].item() == pytest.approx(of_patches, rel=1e-4)
+    assert found["koleo"].item() == pytest.approx(spread, rel=1e-4)
     total = found["dino"] + found["ibot"] + 0.1 * found["koleo"]
     torch.testing.assert_close(found["loss"], total)
 
@@ -233,7 +237,7 @@ def test_the_teachers_encoder_is_the_one_to_keep():
         (lambda: dino(queue=-1), r"queue -1 must be 0 or more\. Correct it"),
         (lambda: dino(queue=20, centering="mean"), r"has no use for a queue, which is 20\. Give queue 0"),
         (lambda: dino(momentum=-1), r"momentum -1 must be 0 or more, and at most 1"),
-        (lambda: dino(teacher_temp=(0.0, 0.07)), r"teacher_temp \(0.0, 0.07\) must be above 0"),
+        (lambda: dino(teacher_temp=(0.01, 0.07)), r"teacher_temp \(0.01, 0.07\) must be 0.03 or more"),
         (lambda: dino(student_temp=0), r"student_temp 0 must be above 0"),
         (lambda: dino(warmup=0), r"warmup 0 must be above 0, and at most 1"),
         (lambda: dino(mask_probability=1.1), r"mask_probability 1.1 must be 0 or more, and at most 1"),
@@ -243,7 +247,11 @@ def test_the_teachers_encoder_is_the_one_to_keep():
         (lambda: DINOv2(vit(class_token=False)), r"has none\. Build it with class_token=True"),
         (lambda: dino()({"image": torch.zeros(2, 1, 32, 32)}), r'has no "global_crops"\. Let .*MultiCrop'),
         (lambda: dino()({"global_crops": torch.zeros(1, 2, 1, 32, 32)}), r"there is one\. Give MultiCrop two"),
-        (lambda: dino()(crops() | {"local_crops": torch.zeros(2, 3, 1, 12, 12)}), r"must be a multiple of the patch"),
+        (
+            lambda: dino()(crops() | {"local_crops": torch.zeros(2, 3, 1, 12, 12)}),
+            r"small views of \[12, 12\] pixels do not divide into patches of \[8, 8\]\. Give --views::local_view::img_",
+        ),
+        (lambda: dino()(crops(1)), r"as many images, and a step has 1\. Raise --batch_size, give --method::queue"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(make, message):
@@ -263,14 +271,25 @@ def test_the_teachers_entropy_and_the_prototypes_in_use_are_their_formulas(tempe
     shares = (torch.randn(9, 5, dtype=torch.float64) / temperature).softmax(1)
     entropies = [slow_entropy(row) / math.log(5) for row in shares.tolist()]
     assert row_entropy(shares).tolist() == pytest.approx(entropies)
-    mean = [sum(column) / 9 for column in shares.T.tolist()]
-    assert prototype_usage(shares).item() == pytest.approx(math.exp(slow_entropy(mean)) / 5)
+    likeliest = [row.index(max(row)) for row in shares.tolist()]
+    used = [likeliest.count(prototype) / 9 for prototype in range(5)]
+    assert prototype_usage(shares).item() == pytest.approx(math.exp(slow_entropy(used)) / 5)
 
 
 def test_one_prototype_for_all_images_is_the_least_usage_and_one_for_each_all_of_it():
     assert prototype_usage(torch.eye(4)[:1].repeat(8, 1)).item() == pytest.approx(0.25)
     assert prototype_usage(torch.eye(4).repeat(2, 1)).item() == pytest.approx(1)
     torch.testing.assert_close(row_entropy(torch.eye(4)), torch.zeros(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"queue": 20}, {"centering": "mean"}])
+def test_images_that_are_all_alike_to_the_teacher_use_one_prototype(options):
+    method = dino(**options)
+    with torch.no_grad():
+        method.teacher.network["head"].layers[-1].weight.zero_()
+        method.teacher.network["head"].layers[-1].bias.fill_(1.0)
+    assert method(crops(8))["prototype_usage"].item() == pytest.approx(1 / 12)
+    assert dino(**options)(crops(8))["prototype_usage"] > 2 / 12
 
 
 def test_what_tells_of_a_collapse_is_in_the_output():

@@ -103,6 +103,13 @@ def test_colour_changes_leave_grey_in_colour_grey():
     torch.testing.assert_close(made, (0.9 * image), atol=1e-3, rtol=0)
 
 
+def test_noise_leaves_grey_in_colour_grey():
+    image = torch.full((3, 1, 16, 16), 0.5)
+    made = changed(image, noise=0.2)
+    assert made.std() > 0.1
+    assert torch.equal(made, made[:1].expand(3, -1, -1, -1))
+
+
 def test_stains_are_made_stronger_one_by_one(colour):
     pixels = colour[:, 0].permute(1, 2, 0).numpy()
     stains = rgb2hed(pixels)
