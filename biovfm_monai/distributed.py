@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import ignite.distributed as idist
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from monai.data import utils as monai_data
 from torch import Tensor
+
+from biovfm_monai.errors import InputError
 
 __all__ = [
     "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "group_beside", "heeding_signals",
@@ -36,15 +39,43 @@ _ONE_REQUEST = 5.0
 _asked, _unfinished = threading.Event(), threading.Event()
 
 
-def initialize() -> None:
-    """Join the process group that torchrun announces (NCCL on GPUs, Gloo on CPUs); alone, do nothing."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Under Slurm, ignite would overwrite torchrun's LOCAL_RANK with SLURM_LOCALID, one for all ranks of a node.
+def initialize(timeout: float | None = None) -> None:
+    """Join the processes that a launcher announces (NCCL on GPUs, Gloo on CPUs); alone, do nothing.
+
+    The launcher is torchrun, or anything that sets torch's variables (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK,
+    LOCAL_RANK), or Slurm's srun with a task per process.
+
+    Args:
+        timeout: seconds to wait for others, now and at each step; None for torch's, 1800 with Gloo, 600 with NCCL.
+
+    Raises:
+        InputError: when the others are not found in this time.
+    """
+    if "LOCAL_RANK" in os.environ:
+        # Under Slurm, ignite would overwrite a launcher's LOCAL_RANK with SLURM_LOCALID, one for all ranks of a task.
         os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Only srun sets the latter; a script of Slurm's has SLURM_NTASKS, too, and is alone.
+    by_slurm = "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    if dist.is_initialized() or not (by_slurm or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    try:
+        if by_slurm:
+            idist.initialize(backend, **options)
+        else:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device())
+            dist.init_process_group(backend, **options)
+    except (dist.DistError, ValueError) as error:
+        place, number = (
+            ":".join(os.environ.get(name, f"no {name}") for name in names.split())
+            for names in ("MASTER_ADDR MASTER_PORT", "RANK")
+        )
+        raise InputError(
+            f"{place}: process {number} did not meet the others there ({str(error).splitlines()[0]}). Start all of "
+            "them, with an address of the first one that the others reach, and a port that is free."
+        ) from error
 
 
 def finalize() -> None:
@@ -143,7 +174,7 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(idist.get_nproc_per_node())
 
 
 def world_size() -> int:

@@ -19,7 +19,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT,
+    errno.EFBIG,
+)  # fmt: skip
+_LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+_REMEDIES = {
+    **dict.fromkeys(_UNWRITABLE, "Give another folder, or make room or the right to use it."),
+    **dict.fromkeys(_LOST, "Look whether its disk or network is there."),
+}
+# torch has no error of its own for a process that Gloo does not reach any more.
+_LOST_PROCESS = re.compile(r"Dist\w*Error|[Gg]loo")
 
 
 class InputError(ValueError):
@@ -83,8 +93,15 @@ def _message(error: BaseException | None) -> str | None:
             return str(error)
         if isinstance(error, KeyboardInterrupt):
             return "stopped from the keyboard. To go on from the last whole epoch, add --resume True."
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
-            return f"{error.filename}: {error.strerror}. Give another folder, or make room or the right to use it."
+        if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename:
+            return f"{error.filename}: {error.strerror}. {_REMEDIES[error.errno]}"
+        if isinstance(error, RuntimeError) and _LOST_PROCESS.search(f"{type(error).__name__} {error}"):
+            reason = re.split(r"[.] |\n", str(error))[0]
+            return (
+                f"another process was waited for in vain ({reason}). If none says why it ended, a machine, network or "
+                "disk is gone or slow. Go on with --resume True; for slow ones, raise the timeout of "
+                "distributed.initialize."
+            )
         # A worker of a DataLoader hands over the text of its traceback, not the exception.
         worker = re.search(rf"^{re.escape(__name__)}\.\w+: (.*)$", str(error), re.MULTILINE)
         if worker:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["rename_over", "require_writable", "set_aside", "version_of", "write_atomically", "write_json"]
+__all__ = [
+    "append_json",
+    "rename_over",
+    "require_writable",
+    "set_aside",
+    "version_of",
+    "write_atomically",
+    "write_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +65,43 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
-    try:
+    with _naming(path):
         draft.unlink(missing_ok=True)
         draft.touch()
-    except OSError as error:
-        error.filename = str(path)
-        raise
     # Some libraries make their files anew, readable by the owner alone.
     mode = draft.stat().st_mode
     try:
-        yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.chmod(mode)
-        draft.replace(path)
+        with _naming(path):
+            yield draft
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
+            draft.chmod(mode)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def append_json(path: Path, content: Any) -> None:
+    """Add a line of JSON to a file, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of a write that fails which file it was of: Python does not, and libraries in Rust raise other errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or Path(error.filename).name == f".{path.name}.draft":
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -6,6 +6,7 @@ blocks recomputed in the backward pass (https://arxiv.org/abs/1604.06174), or co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -70,7 +71,7 @@ def parallel(
         static_graph: tells DDP that every step uses the same parameters.
 
     Raises:
-        InputError: on an unknown choice.
+        InputError: on an unknown choice, or when processes have different networks.
     """
     _require_one_of("sharding", sharding, ("none", "full", "hybrid"))
     _require_one_of("checkpointing", checkpointing, ("none", "selective", "full"))
@@ -84,6 +85,7 @@ def parallel(
             block.compile()
     if distributed.world_size() == 1:
         return module
+    _require_same_everywhere(module, target)
     if sharding != "none":
         return _sharded(module, blocks, target, sharding, precision, reshard)
     ids = [target] if target.type == "cuda" else None
@@ -120,6 +122,17 @@ def spread(x: Any, like: Tensor | None) -> Any:
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} {value!r} is unknown. Give one of {', '.join(choices)}.")
+
+
+def _require_same_everywhere(module: nn.Module, device: torch.device) -> None:
+    text = str([(name, x.shape) for name, x in module.state_dict().items()])
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    everywhere = distributed.gather(torch.tensor([digest], device=device)).tolist()
+    if others := [number for number, found in enumerate(everywhere) if found != everywhere[0]]:
+        raise InputError(
+            f"processes {', '.join(map(str, others))} have another network than process 0. Start all with the same "
+            "configuration."
+        )
 
 
 def _recompute(block: nn.Module, selective: bool) -> None:

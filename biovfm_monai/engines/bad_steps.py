@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from biovfm_monai import distributed
 from biovfm_monai.engines.collapse import CollapseHandler
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents
 from biovfm_monai.errors import InputError, NonFiniteLossError
+from biovfm_monai.files import append_json
 
 __all__ = ["BadStepHandler"]
 
@@ -108,6 +108,4 @@ class BadStepHandler:
             return
         logger.warning("step %d is left out, for %s", engine.step, line["reason"])
         if self.log_path is not None:
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"keys": keys}) + "\n")
+            append_json(self.log_path, line | {"keys": keys})

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.engines.usage import BatchCosts, peak_flops, peak_memory
-from biovfm_monai.files import write_atomically
+from biovfm_monai.files import append_json, write_atomically
 
 __all__ = ["ProgressHandler"]
 
@@ -112,8 +112,7 @@ class ProgressHandler:
             others = {name: value for name, value in engine.state.metrics.items() if name != "mean_loss"}
             measured = {name: value for name, value in {**metrics, **scalars, **others}.items() if _is_finite(value)}
             line = {"step": engine.step, "samples": engine.samples_seen, "seconds": round(seconds, 3), **measured}
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_json(self.log_path, line)
         self._show(engine, metrics)
 
     def _rates(self, engine: PretrainingTrainer, seconds: float) -> dict[str, float]:

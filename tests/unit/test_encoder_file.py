@@ -1,5 +1,6 @@
 """Encoder files, files that are whole or not there, and how a user's mistake is shown."""
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import files_of_at_most
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from safetensors import safe_open
@@ -18,8 +20,8 @@ from safetensors.torch import save_file
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder, save_encoder
 from biovfm_monai.data import training_transform
-from biovfm_monai.errors import InputError, report_input_errors
-from biovfm_monai.files import write_atomically
+from biovfm_monai.errors import InputError, reason_of, report_input_errors
+from biovfm_monai.files import append_json, write_atomically, write_json
 from biovfm_monai.networks import ViT, vit_tiny
 
 KINDS = {
@@ -213,6 +215,31 @@ def test_an_exception_keeps_the_old_content_and_leaves_no_draft(tmp_path, error)
     with pytest.raises(error):
         fail_half_way()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+WRITERS = {
+    "an encoder": lambda path: save_encoder(tiny(), path),
+    "JSON": lambda path: write_json(path, [0] * 2000),
+    "a line of a log": lambda path: append_json(path, [0] * 2000),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_disk_without_room_is_said_with_the_files_name_and_leaves_no_draft(tmp_path, write):
+    path = tmp_path / "file"
+    with files_of_at_most(2000), pytest.raises(OSError, match="File too large") as caught:
+        write(path)
+    assert (
+        reason_of(caught.value) == f"{path}: File too large. Give another folder, or make room or the right to use it."
+    )
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["file"])
+
+
+def test_a_disk_that_is_gone_is_said_with_the_files_name(tmp_path):
+    with pytest.raises(OSError, match="Stale") as caught, write_atomically(tmp_path / "file"):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    expected = f"{tmp_path / 'file'}: {os.strerror(errno.ESTALE)}. Look whether its disk or network is there."
+    assert reason_of(caught.value) == expected
 
 
 def test_an_encoder_whose_header_is_no_json_leaves_the_old_file(path):
