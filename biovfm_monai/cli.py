@@ -117,6 +117,43 @@ def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str 
     return f"{out}: {images} image(s), {width} numbers each"
 
 
+def probe(
+    benchmark: str,
+    encoder: str,
+    out: str = "probe.json",
+    task: str | None = None,
+    modality: str | None = None,
+    probes: Any = ("knn", "linear", "logistic"),
+    img_size: Any = None,
+    cache: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 1,
+    seed: int = 0,
+) -> str:
+    """Score an encoder file on a labelled benchmark, beside the same network untrained, and raw pixels.
+
+    Args:
+        benchmark: an archive of MedMNIST, or a folder with a datalist of training, validation and test.
+        encoder: encoder file.
+        out: .json file to write.
+        task: of a folder, such as ordinal-regression, where labels do not tell.
+        modality: of a folder's images, where neither a header nor a folder's name tells it.
+        probes: of knn, linear and logistic.
+        img_size: to which images are fitted, such as [224,224]; without it the encoder's own.
+        cache: folder where features are kept.
+        device: such as cuda.
+        batch_size: images that are embedded at a time; more than one only where all come in one size.
+        seed: of the untrained weights, the linear probe and the intervals.
+    """
+    from biovfm_monai.evaluation import Probe, probe_listing  # noqa: PLC0415
+    from biovfm_monai.evaluation.benchmarks import dataset, medmnist  # noqa: PLC0415
+
+    path, names = str(benchmark), [probes] if isinstance(probes, str) else list(probes)
+    data = medmnist(path) if path.endswith(".npz") else dataset(path, task, modality)
+    run = Probe(encoder, data, names, img_size, cache, device, batch_size, seed=seed, output_path=out)
+    return probe_listing(run.run())
+
+
 def info(encoder: str) -> str:
     """Show how an encoder file's network is built, how its images were prepared, and how it was trained.
 
@@ -242,6 +279,7 @@ def main() -> None:
             "pack": pack,
             "verify": verify,
             "embed": embed,
+            "probe": probe,
             "info": info,
             "plan": plan,
             "scale": {"fit": scale_cli.fit, "factors": scale_cli.factors, "compare": scale_cli.compare},

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
 from monai.transforms import Compose
+from torch.nn import functional as F
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder
 from biovfm_monai.data import encoder_transform, find_images
@@ -61,15 +62,20 @@ class RawPixels(torch.nn.Module):
 
     Args:
         spatial_dims: of the encoder it stands beside; for 2D a volume's slices are averaged, as `Embedder` does.
+        most: pixels of a channel; larger images are averaged over squares or cubes. None for all of them.
     """
 
-    def __init__(self, spatial_dims: int) -> None:
+    def __init__(self, spatial_dims: int, most: int | None = None) -> None:
         super().__init__()
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.most = spatial_dims, most
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map B x C x (D) x H x W to B x pixels."""
-        return (image.mean(2) if self.spatial_dims == 2 and image.ndim == 5 else image).flatten(1)
+        image = image.mean(2) if self.spatial_dims == 2 and image.ndim == 5 else image
+        if self.most is not None:
+            side = round(self.most ** (1 / (image.ndim - 2)))
+            image = F.interpolate(image, [min(side, n) for n in image.shape[2:]], mode="area")
+        return image.flatten(1)
 
 
 def embed(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import CacheDataset
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
@@ -20,12 +20,12 @@ from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.files import write_json
 from biovfm_monai.networks import Embedder, ViT
 
-__all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy"]
+__all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy", "knn_votes"]
 
 logger = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.07
-_BATCH = 64
+_BATCH, _BLOCK = 64, 4096
 
 
 def knn_accuracy(
@@ -44,13 +44,45 @@ def knn_accuracy(
     Raises:
         InputError: when there are fewer training images than k.
     """
-    if len(train) < k:
+    classes, truth = np.unique(train_labels, return_inverse=True)
+    votes = knn_votes(train, np.eye(len(classes))[truth], test, [k])[k]
+    return float(np.mean(classes[votes.argmax(1)] == np.asarray(test_labels)))
+
+
+def knn_votes(train: np.ndarray, classes: np.ndarray, test: np.ndarray, ks: Sequence[int]) -> dict[int, np.ndarray]:
+    """Shares of the soft votes of the k most similar training images, as in `knn_accuracy`, for several k at once.
+
+    Neighbours are found a block of images at a time, so that memory does not grow with the product of both counts.
+
+    Args:
+        train, test: images x features.
+        classes: of the training images, images x classes, 1 where an image is of a class or has a finding.
+        ks: numbers of neighbours.
+
+    Returns:
+        k -> test images x classes.
+
+    Raises:
+        InputError: when there are fewer training images than the largest k.
+    """
+    most = max(ks)
+    if len(train) < most:
         raise InputError(
-            f"kNN with k {k} needs at least as many training images, got {len(train)}. Give a smaller one (--probe#k)."
+            f"kNN with k {most} needs at least as many training images, got {len(train)}. "
+            "Give a smaller one (--probe#k)."
         )
-    vote = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / _TEMPERATURE))
-    model = make_pipeline(StandardScaler(), Normalizer(), vote).fit(train, train_labels)
-    return float(model.score(test, test_labels))
+    prepare = make_pipeline(StandardScaler(), Normalizer()).fit(train)
+    search = NearestNeighbors(n_neighbors=most, algorithm="brute").fit(prepare.transform(train))
+    votes: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+    for block in np.array_split(test, max(1, -(-len(test) // _BLOCK))):
+        distance, neighbours = search.kneighbors(prepare.transform(block))
+        # Of vectors of unit length the squared distance is 2 - 2 x similarity.
+        weight = np.exp((1 - distance**2 / 2) / _TEMPERATURE)
+        for k, found in votes.items():
+            found.append(np.einsum("nk,nkc->nc", weight[:, :k], classes[neighbours[:, :k]]))
+            # Rounding may not make a share more than all.
+            found[-1] = np.minimum(found[-1] / weight[:, :k].sum(1, keepdims=True), 1)
+    return {k: np.concatenate(found) for k, found in votes.items()}
 
 
 class KNNAccuracy:

@@ -5,7 +5,15 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap, calibration_error, check_labels, scores_of
+from biovfm_monai.evaluation.metrics import (
+    TASKS,
+    auc,
+    bootstrap,
+    calibration_error,
+    check_labels,
+    ranked_auc,
+    scores_of,
+)
 
 
 @pytest.fixture
@@ -49,6 +57,7 @@ def test_auc_and_accuracy_are_those_of_medmnists_evaluator(task, rng):
     found = scores_of(labels, likely, task)
     assert (found["auc"], found["accuracy"]) == medmnist(raw, likely, task)
     assert auc(labels, likely, task) == found["auc"] > 0.6
+    assert ranked_auc(labels, likely, task) == pytest.approx(found["auc"], rel=1e-12)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,132 @@
+"""Several pooled vectors per image from one pass of a frozen encoder, kept on disk for every probe that follows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation.embed import embed
+from biovfm_monai.files import version_of, write_atomically
+from biovfm_monai.networks import ViT
+
+__all__ = ["PooledFeatures", "cached_features", "check_features", "describe_items"]
+
+logger = logging.getLogger(__name__)
+
+_LAST = 4
+
+
+class PooledFeatures(nn.Module):
+    """Four poolings of an encoder's tokens from one pass, as DINOv2's linear probe (https://arxiv.org/abs/2304.07193).
+
+    They are "mean" of the patches, "last" (means of the last four blocks, one after the other), and "token" and
+    "token+mean", or without a class token "max" and "mean+max". Volumes of a 2D encoder are read as `Embedder` does.
+
+    Args:
+        encoder: maps an image to tokens, prefix tokens first.
+    """
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+        depth, width = len(encoder.blocks), encoder.embed_dim
+        self.taps = list(range(max(depth - _LAST, 0), depth))
+        extra, both = ("max", "mean+max") if encoder.cls_token is None else ("token", "token+mean")
+        ends = [0, width, 2 * width, (2 + len(self.taps)) * width]
+        #: name of a pooling -> its columns.
+        self.poolings = {
+            extra: slice(*ends[:2]), "mean": slice(*ends[1:3]), both: slice(0, ends[2]), "last": slice(*ends[2:]),
+        }  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map B x C x (D) x H x W to B x features; a pooling's are `features[:, poolings[name]]`."""
+        slices, encoder = 1, self.encoder
+        if encoder.spatial_dims == 2 and image.ndim == 5:
+            slices = image.shape[2]
+            image = image.transpose(1, 2).flatten(0, 1)
+        x, angles = encoder.embed(encoder.patchify(image))
+        tokens, tapped = encoder.encode(x, angles, taps=self.taps)
+        patches = tokens[:, encoder.num_prefix_tokens :]
+        first = patches.amax(1) if encoder.cls_token is None else tokens[:, 0]
+        last = [encoder.norm(x)[:, encoder.num_prefix_tokens :].mean(1) for x in tapped]
+        return torch.cat([first, patches.mean(1), *last], 1).unflatten(0, (-1, slices)).mean(1)
+
+
+def describe_items(items: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of datalist items and of the sizes and times of their files, so that changed data are read anew."""
+    digest, seen = hashlib.sha256(), set[str]()
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+        for name in [item["image"]] if isinstance(item["image"], str) else item["image"]:
+            path = Path(str(name).partition("::")[0])
+            if str(path) not in seen and path.exists():
+                seen.add(str(path))
+                digest.update(repr(version_of(path)).encode())
+    return digest.hexdigest()
+
+
+def cached_features(
+    network: nn.Module,
+    images: Dataset,
+    key: Mapping[str, Any],
+    folder: str | Path | None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+) -> np.ndarray:
+    """Vectors of images, computed once for each key.
+
+    Args:
+        network: image to vector, such as `PooledFeatures`, `Embedder` or `RawPixels`.
+        images: samples with "image" as the encoder takes it.
+        key: what the vectors depend on: hashes of the encoder file and of the data, the part's name.
+        folder: where they are kept, as a .safetensors file named by the key's hash; None to compute them anew.
+        device, batch_size: as in `embed`.
+
+    Returns:
+        float32, images x features.
+
+    Raises:
+        InputError: when a feature is NaN or infinite, or all images have the same ones.
+    """
+    if folder is None:
+        return check_features(embed(network, images, device, batch_size))
+    written = json.dumps(dict(key), sort_keys=True)
+    path = Path(folder) / f"{hashlib.sha256(written.encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        with safe_open(path, "np") as file:
+            if (file.metadata() or {}).get("key") == written:
+                logger.info("%s: features of an earlier run are used", path)
+                return np.asarray(file.get_tensor("features"))
+    features = check_features(embed(network, images, device, batch_size))
+    with write_atomically(path) as draft:
+        save_file({"features": features}, draft, {"key": written})
+    return features
+
+
+def check_features(features: np.ndarray) -> np.ndarray:
+    """Features as they are, once it is known that a probe can use them.
+
+    Raises:
+        InputError: when one is NaN or infinite, or all images have the same ones.
+    """
+    broken = ~np.isfinite(features).all(1)
+    if broken.any():
+        raise InputError(
+            f"features of {broken.sum()} of {len(features)} images are NaN or infinite, first number "
+            f"{broken.argmax()}. Look for such values in the encoder's weights, or in that image."
+        )
+    if (features == features[:1]).all():
+        raise InputError("all images have the same features: the encoder has collapsed, or the images are all alike.")
+    return features

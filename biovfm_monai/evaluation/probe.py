@@ -1,0 +1,180 @@
+"""What an encoder file is worth on a benchmark: probes on features made once, beside untrained and raw pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from torch import nn
+
+from biovfm_monai.checkpoints import build_encoder, load_encoder
+from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
+from biovfm_monai.evaluation.embed import RawPixels, transform_of
+from biovfm_monai.evaluation.features import PooledFeatures, cached_features, describe_items
+from biovfm_monai.evaluation.knn import knn_votes
+from biovfm_monai.evaluation.linear import Chosen, linear_probe, logistic_probe
+from biovfm_monai.evaluation.metrics import TASKS, bootstrap, ranked_auc, scores_of
+from biovfm_monai.files import write_json
+
+__all__ = ["Probe", "probe_features", "probe_listing"]
+
+logger = logging.getLogger(__name__)
+
+PROBES = ("knn", "linear", "logistic")
+_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
+_PIXELS = 1024
+
+
+def probe_features(
+    features: Mapping[str, Sequence[np.ndarray]],
+    labels: Sequence[np.ndarray],
+    num_classes: int,
+    task: str,
+    probes: Sequence[str] = PROBES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Chosen]:
+    """The best of each kind of probe, chosen by AUC on the validation part.
+
+    Args:
+        features: pooling -> training, validation and test part, images x features.
+        labels: of these parts, as from `check_labels`.
+        num_classes, task: as in `check_labels`.
+        probes: of knn, linear and logistic.
+        seed, device: of the linear probe.
+
+    Raises:
+        InputError: when there is no such probe.
+    """
+    found: dict[str, Chosen] = {}
+    for probe in probes:
+        if probe == "linear":
+            found[probe] = linear_probe(features, labels, num_classes, task, seed=seed, device=device)
+        elif probe == "logistic":
+            found[probe] = logistic_probe(features, labels, task)
+        elif probe == "knn":
+            found[probe] = _neighbours(features, labels, num_classes, task)
+        else:
+            raise InputError(f"there is no probe {probe!r}, but {', '.join(PROBES)}. Correct it.")
+    return found
+
+
+def _neighbours(
+    features: Mapping[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray], num_classes: int, task: str
+) -> Chosen:
+    classes = labels[0].astype(float) if task == TASKS[3] else np.eye(num_classes)[labels[0]]
+    ks = [k for k in _NEIGHBOURS if k <= len(classes)]
+    found = []
+    for pooling, (train, validation, test) in features.items():
+        votes = knn_votes(train, classes, np.concatenate([validation, test]), ks)
+        for k, likely in votes.items():
+            score = ranked_auc(labels[1], likely[: len(validation)], task)
+            found.append(Chosen({"pooling": pooling, "k": k}, score, likely[len(validation) :]))
+    return max(found, key=lambda chosen: chosen.validation_auc)
+
+
+class Probe:
+    """Score an encoder file on a benchmark by several probes, beside the same network untrained, and raw pixels.
+
+    Args:
+        encoder_path: what is scored.
+        benchmark: such as `benchmarks.medmnist` gives.
+        probes: of knn, linear and logistic.
+        img_size: to which images are fitted; None for the encoder's own.
+        cache_dir: folder where features are kept; None to make them anew.
+        device: where encoder and linear probe run.
+        batch_size: images that are embedded at a time; more than one only where all come in one size.
+        draws: of the bootstrap over patients.
+        seed: of untrained weights, the linear probe and the bootstrap.
+        output_path: JSON file for the scores; None for no file.
+
+    Raises:
+        InputError: when a label cannot be scored.
+    """
+
+    def __init__(
+        self,
+        encoder_path: str | Path,
+        benchmark: Benchmark,
+        probes: Sequence[str] = PROBES,
+        img_size: Sequence[int] | None = None,
+        cache_dir: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        batch_size: int = 1,
+        draws: int = 1000,
+        seed: int = 0,
+        output_path: str | Path | None = None,
+    ) -> None:
+        self.encoder_path, self.benchmark, self.labels = Path(encoder_path), benchmark, benchmark.labels()
+        self.probes, self.img_size, self.cache_dir = list(probes), img_size, cache_dir
+        self.device, self.batch_size = device, batch_size
+        self.draws, self.seed, self.output_path = draws, seed, output_path
+
+    def run(self) -> dict[str, Any]:
+        """What the benchmark is, and "scores" by contender and probe: as `scores_of`, "intervals", "settings"."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            untrained = build_encoder(self.encoder_path)
+        pixels = RawPixels(untrained.spatial_dims, _PIXELS)
+        contenders: dict[str, nn.Module] = {
+            "encoder": PooledFeatures(load_encoder(self.encoder_path)), "random_init": PooledFeatures(untrained),
+            "raw_pixels": pixels,
+        }  # fmt: skip
+        scores = {name: self._scored(name, network) for name, network in contenders.items()}
+        result = {"benchmark": self.benchmark.about(), "encoder": str(self.encoder_path), "scores": scores}
+        for warning in self.benchmark.warnings:
+            logger.warning("%s", warning)
+        if self.output_path is not None:
+            write_json(self.output_path, result)
+        return result
+
+    def _scored(self, name: str, network: nn.Module) -> dict[str, Any]:
+        transform, parts = transform_of(self.encoder_path, self.img_size), []
+        weights = hashlib.sha256(self.encoder_path.read_bytes()).hexdigest()
+        for part in PARTS:
+            items = self.benchmark.parts[part]
+            key = {
+                "encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None,
+                "data": describe_items(items), "img_size": None if self.img_size is None else list(self.img_size),
+            }  # fmt: skip
+            images = Dataset(list(items), transform)
+            parts.append(cached_features(network, images, key, self.cache_dir, self.device, self.batch_size))
+        poolings = getattr(network, "poolings", {"pixels": slice(None)})
+        features = {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
+        benchmark, found = self.benchmark, {}
+        chosen = probe_features(
+            features, self.labels, benchmark.num_classes, benchmark.task, self.probes, self.seed, self.device
+        )
+        subjects = [
+            f"image {number}" if item.get("subject") is None else f"{item.get('source')}: {item['subject']}"
+            for number, item in enumerate(benchmark.parts["test"])
+        ]
+        for probe, best in chosen.items():
+            of = scores_of(self.labels[2], best.likely, benchmark.task)
+            intervals = bootstrap(self.labels[2], best.likely, benchmark.task, subjects, self.draws, self.seed)
+            found[probe] = {
+                **of, "intervals": intervals, "settings": best.settings, "validation_auc": best.validation_auc,
+            }  # fmt: skip
+            logger.info("%s, %s: AUC %.4f %s", name, probe, of["auc"], best.settings)
+        return found
+
+
+def probe_listing(result: Mapping[str, Any]) -> str:
+    """What `Probe.run` returns, in words."""
+    about = result["benchmark"]
+    lines = [f"{about['name']}: {about['task']}, {about['classes']} classes, licence: {about['licence']}"]
+    lines += [f"    {warning}" for warning in about["warnings"]]
+    for contender, probes in result["scores"].items():
+        for probe, of in probes.items():
+            low, high = of["intervals"]["auc"]
+            settings = ", ".join(f"{name} {value}" for name, value in of["settings"].items())
+            score = f"AUC {of['auc']:.4f} [{low:.4f}, {high:.4f}], accuracy {of['accuracy']:.4f}"
+            lines.append(f"{contender:<12} {probe:<9} {score} ({settings})")
+    return "\n".join(lines)
