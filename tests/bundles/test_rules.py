@@ -10,6 +10,8 @@ import pytest
 from conftest import BUNDLE, ROOT
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
+from biovfm_monai.data import POLICIES
+
 BUNDLES = sorted(p.parent for p in (ROOT / "bundles").glob("*/configs"))
 PRETRAINING = [bundle for bundle in BUNDLES if bundle.name.endswith("_pretraining")]
 SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("_segmentation")]
@@ -138,6 +140,17 @@ def test_overlays_change_leaves_that_every_pretraining_bundle_has():
                 for part in key.removeprefix("+").split("#"):
                     assert part in place, f"{overlay.name}: {key} is not in {bundle.name}"
                     place = place[part]
+
+
+def test_no_overlay_mirrors_what_has_a_left_and_a_right():
+    assert POLICIES["xray"].flip == 0
+    for overlay in OVERLAYS:
+        for path, value in walk(json.loads(overlay.read_text())):
+            if path and str(path[-1]).split("#")[-1] == "_target_" and value.endswith(".RandomResizedCrop"):
+                view = json.loads(overlay.read_text())
+                for key in path[:-1]:
+                    view = view[key]
+                assert view["policy"] == "$data.POLICIES" or view["policy"]["flip"] == 0, overlay.name
 
 
 def test_logging_conf_uses_only_what_monai_allows(bundle):

@@ -1,5 +1,6 @@
 """Methods, losses and masks against slow implementations of the papers' formulas, and what must hold of each."""
 
+import itertools
 import math
 import re
 from functools import partial
@@ -9,7 +10,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from biovfm_monai.draws import random_keys
+from biovfm_monai.draws import Use, random_keys, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce, sigreg
 from biovfm_monai.methods import IJEPA, MAE, BarlowTwins, LeJEPA, MoCoV3, SimMIM, VICReg
@@ -165,6 +166,23 @@ def test_one_block_is_a_box_but_for_its_last_side(grid):
         missing = [(z, y, x) for z in box[0] for y in box[1] for x in box[2] if not mask[z, y, x]]
         sides = [{place[axis] for place in missing} for axis in range(3)]
         assert not missing or any(side <= {span[0], span[-1]} for side, span in zip(sides, box, strict=True))
+
+
+def test_a_block_mask_is_what_boxes_that_grow_together_cover_first():
+    (depth, height, width), keys = (3, 8, 10), random_keys(8)
+    tokens = np.array(list(itertools.product(range(depth), range(height), range(width))), float)
+    for mask, drawn in zip(block_mask(keys, (depth, height, width), 70), uniform(keys, 20, Use.BLOCK), strict=True):
+        hidden, scale = [], 0.0
+        while len(hidden) < 70:
+            scale += 0.0005
+            covered = np.zeros(len(tokens), bool)
+            for z, y, x, size, shape in drawn.double().view(4, 5).tolist():
+                side, aspect = scale * 4 ** (size - 0.5), (10 / 3) ** (shape - 0.5)
+                half = np.array([side * depth / math.sqrt(height * width), side * aspect, side / aspect])
+                centre = np.array([math.floor(z * depth), y * height - 0.5, x * width - 0.5])
+                covered |= (np.abs(tokens - centre) <= half).all(1)
+            hidden += [token for token in covered.nonzero()[0].tolist() if token not in hidden]
+        assert set(hidden[:70]) == set(mask.nonzero()[:, 0].tolist())
 
 
 def test_block_masks_are_clustered():

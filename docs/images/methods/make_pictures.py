@@ -114,7 +114,7 @@ save(
     [
         panel("image", head),
         panel("the encoder sees", only(head, where(keep[0]))),
-        panel("the decoder predicts", only(head, where(hidden[0]))),
+        panel("is to be predicted", only(head, where(hidden[0]))),
     ],
 )
 
