@@ -4,26 +4,22 @@
 
 DATA holds bloodmnist.npz, organamnist.npz (https://medmnist.com, 28 x 28 pixels) and a folder per class of MedNIST
 (64 x 64) in mednist/. Images are packed once. Each method trains a ViT 96 wide and 4 deep without labels, by its
-overlay on the bundle `biovfm_mae_pretraining`, in bf16 on one core, for the same seconds of its time, on the training
-images; masked tokens take half of them for their tokenizer. Its rate is the one of `RATES` that gives, in a third of
-the time, the best kNN accuracy on validation images of BloodMNIST with a seed that is not used again. Frozen embeddings
-(mean of patch tokens) of the test images are then scored beside those of the untrained encoder, of MONAI's
-`MaskedAutoEncoderViT` trained the same way (in fp32, since it fails in bf16), and the pixels themselves. A run is a row
-of OUT/rows.csv; what stands there is not run again. At the end: OUT/table.md and OUT/quality_2d.png.
+overlay on the bundle `biovfm_mae_pretraining`, in bf16 (fp32 on processors without) on one core, for the same seconds
+of its time, on the training images; masked tokens take half of them for their tokenizer. Its rate is the one of `RATES`
+that gives, in a third of the time, the best kNN accuracy on validation images of BloodMNIST with a seed that is not
+used again. Frozen embeddings (mean of patch tokens) of the test images are then scored beside those of the untrained
+encoder, of MONAI's `MaskedAutoEncoderViT` trained the same way (in fp32, since it fails in bf16), and the pixels
+themselves. A run is a row of OUT/rows.csv; what stands there is not run again. At the end: OUT/table.md and
+OUT/quality_2d.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
-from multiprocessing import get_context
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +28,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from monai_mae import MonaiMAE
+from runs import run_all
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -42,6 +39,7 @@ from torch.nn import functional as F
 from training import Trained, train
 
 from biovfm_monai.data import Store, index, pack
+from biovfm_monai.engines import fast_precision
 from biovfm_monai.engines.collapse import effective_rank
 from biovfm_monai.evaluation import knn_accuracy
 from biovfm_monai.methods import SSLMethod
@@ -49,10 +47,11 @@ from biovfm_monai.networks import Embedder, ViT, vit_tiny
 
 RATES = (0.0005, 0.002)
 BUNDLE, BATCH, WIDTH, DEPTH, HEADS = "biovfm_mae_pretraining", 128, 96, 4, 3
-# Published heads are for encoders eight times as wide.
+# Published heads are for encoders eight times as wide. A teacher that keeps 0.992 of itself in a step, as published, is
+# more than half its first weights after the 130 steps of DINOv2's minute.
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "MAE": (None, {}),
-    "DINOv2": ("dinov2", {"method#hidden_dim": 512, "method#prototypes": 1024}),
+    "DINOv2": ("dinov2", {"method#hidden_dim": 512, "method#prototypes": 1024, "method#momentum": 0.9}),
     "LeJEPA": ("lejepa", {"method#projector_dims": [512, 512, 64], "method#num_slices": 256}),
     "MoCo v3": ("moco_v3", {"method#hidden_dim": 512}),
     "I-JEPA": ("ijepa", {}),
@@ -66,6 +65,8 @@ CONTROLS = ("MONAI's MAE", "random init", "raw pixels")
 MOST_PROBED, STRENGTHS, SELECTION_SEED = 10_000, (0.01, 0.1, 1.0), 100
 Embed = Callable[[Tensor], Tensor]
 SCORES = {"auc": "linear-probe AUC", "knn": "kNN accuracy", "rank": "effective rank"}
+KEY = ("task", "method", "seed", "rate", "seconds")
+FIELDS = (*KEY, "steps", "images", "cpu_seconds", "loss", *SCORES)
 
 
 class Task(NamedTuple):
@@ -88,11 +89,11 @@ class PeersMAE(MonaiMAE, SSLMethod):
 
 
 def packed(data: Path, out: Path, name: str) -> Path:
-    """The store of a task, packed where it is not ready; MedNIST is split here, seven to one to two."""
+    """The store of a task, packed where it is not ready; a folder per class is split here, seven to one to two."""
     store, datalist = out / "stores" / name, out / "stores" / f"{name}.json"
     if not datalist.exists():
         datalist.parent.mkdir(parents=True, exist_ok=True)
-        if name == "mednist":
+        if (data / name).is_dir():
             # One modality for all, so that the views do not depend on the class.
             settings = {"/([^/]+)/[^/]+$": {"label": "\\1", "modality": "ct"}}
             index([data / name], datalist, settings=settings, validation=0.1, test=0.2)
@@ -169,7 +170,7 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     overlay, sizes = METHODS[method]
     data: dict[str, Any] = {
         "datalist": in_memory(store), "train#preprocessing": nn.Identity(), "in_channels": task.channels,
-        "crop_size": [task.size] * 2, "batch_size": BATCH, "precision": "bf16",
+        "crop_size": [task.size] * 2, "batch_size": BATCH, "precision": fast_precision("cpu"),
     }  # fmt: skip
     if overlay == "masked_tokens":
         # Tokens are of 2, 4, 8, ... pixels: images become larger by as much.
@@ -195,18 +196,17 @@ def pretrained(method: str, name: str, store: Path, rate: float, seed: int, seco
     return run, lambda images: embedder(F.interpolate(images, (task.size, task.size), mode="bilinear"))
 
 
-def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds: float) -> dict[str, Any]:
+def row_of(method: str, task: str, store: Path, rate: float, seed: int, seconds: float) -> dict[str, Any]:
     """Train, embed and score: one row of the result."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    about = {"task": name, "method": method, "seed": seed, "rate": rate, "seconds": seconds}
-    task = TASKS[name]
+    about = dict.fromkeys(FIELDS) | {"task": task, "method": method, "seed": seed, "rate": rate, "seconds": seconds}
     if method == "raw pixels":
         return about | scores(nn.Flatten(), store)
     if method == "random init":
         torch.manual_seed(seed)
-        return about | scores(Embedder(untrained(task)).eval(), store)
-    run, embedder = pretrained(method, name, store, rate, seed, seconds)
+        return about | scores(Embedder(untrained(TASKS[task])).eval(), store)
+    run, embedder = pretrained(method, task, store, rate, seed, seconds)
     about |= {"steps": run.steps, "images": run.images, "cpu_seconds": round(run.cpu_seconds, 1), "loss": run.loss}
     if seed == SELECTION_SEED:
         (train_images, train_labels), (images, labels) = (images_of(store, of) for of in ("training", "validation"))
@@ -215,24 +215,6 @@ def row_of(method: str, name: str, store: Path, rate: float, seed: int, seconds:
                 "knn": knn_accuracy(embedded(embedder, train_images), train_labels, embedded(embedder, images), labels)
             }
     return about | scores(embedder, store)
-
-
-def run_all(runs: list[dict[str, Any]], path: Path, workers: int) -> pd.DataFrame:
-    """Run what the file has no row of, and add it; the rows of the runs."""
-    fields = ["task", "method", "seed", "rate", "seconds", "steps", "images", "cpu_seconds", "loss", *SCORES]
-    if not path.exists():
-        path.write_text(",".join(fields) + "\n", encoding="utf-8")
-    done = {(r.task, r.method, r.seed, r.rate, r.seconds) for r in pd.read_csv(path).itertuples()}
-    key = itemgetter("name", "method", "seed", "rate", "seconds")
-    left = [run for run in runs if key(run) not in done]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done_run in as_completed([pool.submit(row_of, **run) for run in left]):
-            row = done_run.result()
-            with path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, fields).writerow(row)
-            print(json.dumps(row), flush=True)
-    rows, wanted = pd.read_csv(path), {key(run) for run in runs}
-    return rows[[(r.task, r.method, r.seed, r.rate, r.seconds) in wanted for r in rows.itertuples()]]
 
 
 def write_table(rows: pd.DataFrame, path: Path) -> None:
@@ -291,20 +273,20 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     stores = {name: packed(arguments.data, arguments.out, name) for name in {*arguments.tasks, "bloodmnist"}}
-    first = {"name": "bloodmnist", "store": stores["bloodmnist"], "seed": SELECTION_SEED}
+    first = {"task": "bloodmnist", "store": stores["bloodmnist"], "seed": SELECTION_SEED}
     first["seconds"] = arguments.seconds / 3
     trials = [{**first, "method": method, "rate": rate} for method in arguments.methods for rate in RATES]
-    tried = run_all(trials, arguments.out / "rates.csv", arguments.workers)
+    tried = run_all(row_of, trials, KEY, arguments.out / "rates.csv", arguments.workers)
     rates = {method: of.loc[of.knn.idxmax(), "rate"] for method, of in tried.groupby("method")}
     runs = [
-        {"method": method, "name": name, "store": stores[name], "seed": seed, "seconds": arguments.seconds}
+        {"method": method, "task": name, "store": stores[name], "seed": seed, "seconds": arguments.seconds}
         | {"rate": rates.get(method, 0.0)}
         for name in arguments.tasks
         for seed in range(arguments.seeds)
         for method in [*arguments.methods, *CONTROLS[1:]]
         if not (method == "raw pixels" and seed)
     ]
-    rows = run_all(runs, arguments.out / "rows.csv", arguments.workers)
+    rows = run_all(row_of, runs, KEY, arguments.out / "rows.csv", arguments.workers)
     print("rates:", {method: rates[method] for method in arguments.methods})
     write_table(rows, arguments.out / "table.md")
     draw(rows, arguments.out / "quality_2d.png")

@@ -4,9 +4,10 @@
 
 FOLDER is MSD's Task04 (http://medicaldecathlon.com): images/ and labels/ with files of the same names. A SPAD-ViT 96
 wide and 4 deep with patches of 4 x 4 x 4 voxels learns from two thirds of the volumes without labels, by an overlay on
-the bundle `mri_mae_pretraining`, in bf16 for so many seconds of one core. Then it is frozen: one linear layer, trained
-with the labels of the same volumes, maps tokens to logits, which are interpolated to voxels. Dice of the anterior and
-the posterior hippocampus on the last third, beside the same probe of the untrained encoder and of the patches' pixels.
+the bundle `mri_mae_pretraining`, in bf16 (fp32 on processors without) for so many seconds of one core. Then it is
+frozen: one linear layer, trained with the labels of the same volumes, maps tokens to logits, which are interpolated
+to voxels. Dice of the anterior and the posterior hippocampus on the last third, beside the same probe of the
+untrained encoder and of the patches' pixels.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from training import train
 
 from biovfm_monai.data.modalities import mri
 from biovfm_monai.data.modalities.base import SlicesFirstd
+from biovfm_monai.engines import fast_precision
 from biovfm_monai.networks import ViT, patchify, spad_vit_tiny
 
 BUNDLE = "mri_mae_pretraining"
@@ -107,7 +109,8 @@ def pretrained(method: str, paths: list[Path], seconds: float, seed: int) -> ViT
     """An encoder that has seen the volumes without labels."""
     overrides: dict[str, Any] = {
         "datalist": [{"image": str(path), "modality": "mri"} for path in paths], "img_size": [*VIEW],
-        "crop_size": [*VIEW], "patch_size": [PATCH] * 3, "batch_size": 16, "learning_rate": 0.001, "precision": "bf16",
+        "crop_size": [*VIEW], "patch_size": [PATCH] * 3, "batch_size": 16, "learning_rate": 0.001,
+        "precision": fast_precision("cpu"),
         **{f"encoder#{name}": value for name, value in ENCODER.items()},
     }  # fmt: skip
     if method in ("lejepa", "dinov2"):

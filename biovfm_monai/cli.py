@@ -210,6 +210,36 @@ def plan(
     return report_plans([str(file) for file in config], overrides, processes, memory, rate, price, grid)
 
 
+def scale_fit(
+    table: str,
+    x: str,
+    y: str,
+    by: Any = (),
+    law: str | None = None,
+    out: str | None = None,
+    perfect: float | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> str:
+    """Fit a scaling law to a table with one row per run, with intervals, and say what the runs cannot tell.
+
+    Args:
+        table: .csv or .parquet file.
+        x: column of sizes or costs, such as encoder_parameters.
+        y: column of scores.
+        by: column, or several such as method,task; rows that agree in them are fitted together.
+        law: log-linear, as BioVFM has it, or power, of the error; without it cross-validation over sizes chooses.
+        out: .json file to write.
+        perfect: score without error, of the power law: 1, 100, or 0 for a loss.
+        draws: of the bootstrap.
+        seed: of it.
+    """
+    from biovfm_monai.evaluation.scaling import fit_table, listing  # noqa: PLC0415
+
+    columns = [by] if isinstance(by, str) else [str(column) for column in by]
+    return listing(fit_table(str(table), str(x), str(y), columns, law, out, perfect, draws, seed))
+
+
 def bundle(name: str, folder: str) -> str:
     """Copy a shipped bundle to FOLDER/NAME, and the overlays to FOLDER/configs, ready to edit and run.
 
@@ -243,6 +273,7 @@ def main() -> None:
             "embed": embed,
             "info": info,
             "plan": plan,
+            "scale": {"fit": scale_fit},
             "bundle": bundle,
             "convert": convert,
             "export": export,

@@ -207,6 +207,7 @@ def test_an_encoder_in_half_precision_gives_tokens_in_it(options):
     assert tokens.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler does not quote its own path, which has a space")
 def test_a_compiled_spatially_adaptive_encoder_has_the_same_tokens(run, tmp_path):
