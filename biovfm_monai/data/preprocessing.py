@@ -39,7 +39,7 @@ class ByModalityd(MapTransform):
 
     Args:
         keys: of the images.
-        spacing: mm along depth, height and width, for volumes; None to keep their own.
+        spacing: mm along depth, height and width, for volumes; None to keep their own, of all axes or of one.
         options: modality -> options of its preset, such as {"ct": {"window": "lung"}}.
 
     Raises:
@@ -49,7 +49,7 @@ class ByModalityd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        spacing: Sequence[float] | None = None,
+        spacing: Sequence[float | None] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(keys)

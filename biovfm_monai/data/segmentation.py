@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from biovfm_monai.data.datalist import DATALIST, load_datalist, read_datalist
+from biovfm_monai.data.headers import suffix
 from biovfm_monai.data.mixture import Labels, subset
 from biovfm_monai.errors import InputError
 
@@ -27,9 +28,11 @@ def load_segmentation(
 ) -> list[dict[str, Any]]:
     """Images and their label maps of a dataset folder.
 
-    That is one with a datalist.json, with MSD's dataset.json, or with folders imagesTr and labelsTr (images and labels)
-    of files of the same names. Where a datalist has no "validation", and in the others, the labelled images are shared
-    out by subject: of every five in their order three are "training", one "validation" and one "test".
+    That is one with a datalist.json; with MSD's dataset.json; with folders imagesTr and labelsTr (images and labels) of
+    files of the same names but for their endings; or with a folder per image that holds folders images and masks, the
+    latter with a file per object (https://doi.org/10.1038/s41592-019-0612-7). Where a datalist has no "validation", and
+    in the others, the labelled images are shared out by subject: of every five in their order three are "training",
+    one "validation" and one "test".
 
     Args:
         dataset_dir: folder.
@@ -56,7 +59,7 @@ def load_segmentation(
     if not items:
         raise InputError(f"{folder}: has no images for {section!r}, but {', '.join(found) or 'none'}. Name another.")
     for item in items:
-        if labelled and not (isinstance(item.get("label"), str) and Path(item["label"]).is_file()):
+        if labelled and not _are_files(item.get("label")):
             raise InputError(
                 f"{item['image']}: its label map is {item.get('label')!r}, and that is no file. Correct the datalist."
             )
@@ -74,16 +77,44 @@ def _sections(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
         whole = "validation" in sections
     else:
         pair = next((pair for pair in _FOLDERS if all((folder / name).is_dir() for name in pair)), None)
-        if pair is None:
+        items = _one_folder_each(folder) if pair is None else _pairs(folder / pair[0], folder / pair[1])
+        if not items:
             return None
-        files = sorted(file for file in (folder / pair[0]).iterdir() if not file.name.startswith("."))
-        sections = {"training": [{"image": str(file), "label": str(folder / pair[1] / file.name)} for file in files]}
-        whole = False
+        sections, whole = {"training": items}, False
     return sections if whole else _shared_out(folder, sections.get("training", []))
+
+
+def _pairs(images: Path, labels: Path) -> list[dict[str, Any]]:
+    found = {_stem(file): str(file) for file in _files(labels)}
+    return [{"image": str(file), "label": found.get(_stem(file), str(labels / file.name))} for file in _files(images)]
+
+
+def _stem(file: Path) -> str:
+    return file.name[: len(file.name) - len(suffix(file))]
+
+
+def _one_folder_each(folder: Path) -> list[dict[str, Any]]:
+    items = []
+    for one in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (one / "images").is_dir() and (one / "masks").is_dir():
+            label = [str(file) for file in _files(one / "masks")]
+            items += [{"image": str(file), "label": label, "subject": one.name} for file in _files(one / "images")]
+    return items
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _are_files(label: Any) -> bool:
+    paths = label if isinstance(label, list) else [label]
+    return bool(paths) and all(isinstance(path, str) and Path(path).is_file() for path in paths)
 
 
 def _with_label(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     label = item.get("label")
+    if isinstance(label, list):
+        return {**item, "label": [str(folder / path) for path in label]}
     return {**item, "label": str(folder / label)} if isinstance(label, str) else item
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from biovfm_monai.data.preprocessing import degree_of
 from biovfm_monai.errors import InputError, require_within
 
-__all__ = ["FlipInferer", "FreezeHandler", "ScheduleHandler"]
+__all__ = ["AnisotropyInferer", "FlipInferer", "FreezeHandler", "ScheduleHandler"]
 
 
 class ScheduleHandler:
@@ -64,6 +66,25 @@ class FreezeHandler:
         if self.epochs and isinstance(engine.network, DistributedDataParallel):
             raise InputError("several processes cannot freeze an encoder. Train with one, or --frozen_epochs 0.")
         self.encoder.requires_grad_(int(engine.state.epoch) > self.epochs)
+
+
+class AnisotropyInferer(Inferer):
+    """Tell the network how thick an image's slices are, where its windows carry no geometry.
+
+    Args:
+        inferer: makes the logits, such as a sliding window.
+    """
+
+    def __init__(self, inferer: Inferer) -> None:
+        super().__init__()
+        self.inferer = inferer
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of a batch of one image, by its degree of anisotropy; without geometry as the network decides."""
+        if isinstance(inputs, MetaTensor):
+            affine = inputs.affine if inputs.affine.ndim == 2 else inputs.affine[0]
+            kwargs["anisotropy"] = degree_of(MetaTensor(inputs[0].as_tensor(), affine=affine))
+        return self.inferer(inputs, network, *args, **kwargs)
 
 
 class FlipInferer(Inferer):

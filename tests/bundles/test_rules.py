@@ -241,11 +241,11 @@ def test_licence_and_logging_are_those_of_every_bundle(bundle):
 
 NETWORK = {
     "modality", "dataset_dir", "in_channels", "out_channels", "img_size", "crop_size", "patch_size", "spacing",
-    "presets",
+    "presets", "spatial_dims", "label_values",
 }  # fmt: skip
 SEGMENTATION_MAY_DIFFER = {
-    "train.json": NETWORK | {"max_epochs", "val_interval", "batch_size", "samples_per_volume"},
-    "inference.json": NETWORK,
+    "train.json": NETWORK | {"max_epochs", "val_interval", "batch_size", "samples_per_volume", "rotations", "zooms"},
+    "inference.json": NETWORK | {"output_ext"},
     "evaluate.json": NETWORK,
     "multi_gpu_train.json": set(),
     "metadata.json": {

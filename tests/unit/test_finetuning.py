@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
 from biovfm_monai.checkpoints import load_model
-from biovfm_monai.engines import FlipInferer, FreezeHandler, ScheduleHandler, WarmupCosine, parameter_groups
+from biovfm_monai.engines import (
+    AnisotropyInferer,
+    FlipInferer,
+    FreezeHandler,
+    ScheduleHandler,
+    WarmupCosine,
+    parameter_groups,
+)
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import Segmenter, spad_vit_tiny
 
@@ -70,6 +78,22 @@ def test_flips_average_what_is_found_in_each_mirror_image():
     assert torch.equal(FlipInferer(SimpleInferer(), [])(image, sided), sided(image))
     with pytest.raises(InputError, match="axes"):
         FlipInferer(SimpleInferer(), [1])
+
+
+@pytest.mark.parametrize(("thickness", "slices", "degree"), [(1.0, 8, 0), (5.0, 8, 2), (1.0, 1, 5)])
+def test_windows_are_read_by_their_images_thickness_of_slices(thickness, slices, degree):
+    seen = []
+
+    def network(window, anisotropy=None):
+        seen.append(anisotropy)
+        return window
+
+    inferer = AnisotropyInferer(SlidingWindowInferer((8, 8, 8), overlap=0))
+    affine = torch.diag(torch.tensor([thickness, 1.0, 1.0, 1.0]))
+    inferer(MetaTensor(torch.zeros(1, 1, slices, 16, 8), affine=affine), network)
+    assert seen == [degree] * len(seen)
+    inferer(torch.zeros(1, 1, 8, 8, 8), network)
+    assert seen[-1] is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Label maps found, read and checked; predictions brought back to the file's grid; a labelled brain that ships."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import SimpleITK as sitk
 import torch
 from monai.data import DataLoader, MetaTensor, decollate_batch
 from monai.transforms import Compose, ResampleToMatchd, SaveImaged
+from PIL import Image
 
 from biovfm_monai.data import (
     TISSUES,
@@ -140,7 +142,7 @@ def test_an_image_of_fewer_channels_or_no_volume_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.nii\.gz: has 1 channel.*takes 4.*--in_channels 1"):
         PreparedImaged("image", "mri", in_channels=4)({"image": str(write(tmp_path, blob()))})
     flat = write(tmp_path / "flat", blob((20, 12, 1))[..., 0])
-    with pytest.raises(InputError, match=r"a\.nii\.gz: is an image of 2 axes, no volume"):
+    with pytest.raises(InputError, match=r"a\.nii\.gz: is an image of 2 axes, the network takes those of 3"):
         PreparedImaged("image", "mri")({"image": str(flat)})
 
 
@@ -246,9 +248,96 @@ def test_a_volume_of_another_modality_is_named_with_its_numbers(tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    ("spacing", "warned"), [([1.0, 1.0, 1.0], True), ([3.0, 0.9, 0.9], False), ([2.2, 0.8, 0.8], False), (None, False)]
+    ("spacing", "warned"),
+    [
+        ([1.0, 1.0, 1.0], True),
+        ([3.0, 0.9, 0.9], False),
+        ([2.2, 0.8, 0.8], False),
+        (None, False),
+        ([None, 0.8, 0.8], False),
+    ],
 )
 def test_a_volume_of_another_spacing_is_named_with_its_numbers(tmp_path, caplog, spacing, warned):
     PreparedImaged("image", "mri", spacing=spacing)({"image": str(write(tmp_path, blob()))})
     assert ("voxels of 0.8 x 0.9 x 3 mm; the network is one of 1 x 1 x 1 mm" in caplog.text) == warned
     assert caplog.text == "" or warned
+
+
+def photo(folder, name="a"):
+    """A bright box off centre on a dark disc, which a camera has put beside the middle of a black picture."""
+    y, x = np.mgrid[:600, :800]
+    disc, box = (x - 380) ** 2 + (y - 310) ** 2 < 250**2, np.zeros((600, 800), bool)
+    box[200:300, 250:430] = True
+    values = np.stack([60 * disc + 150 * (box & disc)] * 3, axis=-1).astype(np.uint8)
+    for kind, array in (("images", values), ("labels", (box * 255).astype(np.uint8))):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / kind / f"{name}.png")
+    return {"image": str(folder / f"images/{name}.png"), "label": str(folder / f"labels/{name}.png")}
+
+
+def test_what_is_found_in_a_cropped_and_shrunken_photograph_lies_over_it_in_its_file(tmp_path):
+    read = [
+        PreparedImaged("image", "fundus", in_channels=3, spatial_dims=2),
+        ReadLabeld("label", 2, values=[0, 255]),
+    ]
+    sample = Compose(read)(photo(tmp_path))
+    assert sample["image"].shape[:2] == (3, 1)
+    assert max(sample["image"].shape[2:]) < 520
+    onto = ResampleToMatchd("label", "image", mode="nearest", padding_mode="zeros")(sample)["label"]
+    bright = (sample["image"][:1] > 0).float()
+    assert 2 * (bright * onto).sum() / (bright.sum() + onto.sum()) > 0.98
+    pred = torch.cat([-sample["image"][:1], sample["image"][:1]]).as_tensor()
+    found = RestoreGridd("pred")({**sample, "pred": pred})["pred"].argmax(0)
+    assert found.shape == (800, 600, 1)
+    truth = sample["label"][0]
+    assert 2 * (found * truth).sum() / (found.sum() + truth.sum()) > 0.98
+
+
+def test_photographs_are_refused_by_a_network_of_volumes_and_the_other_way_round(tmp_path):
+    with pytest.raises(InputError, match=r"a\.png: is an image of 2 axes, the network takes those of 3"):
+        PreparedImaged("image", "fundus", in_channels=3)({"image": photo(tmp_path)["image"]})
+    with pytest.raises(InputError, match=r"a\.nii\.gz: is an image of 3 axes, the network takes those of 2"):
+        PreparedImaged("image", "mri", spatial_dims=2)({"image": str(write(tmp_path, blob()))})
+
+
+def test_masks_of_single_objects_are_one_label_map(tmp_path):
+    folder = tmp_path / "bowl/first"
+    for number in range(3):
+        mask = np.zeros((20, 30), np.uint8)
+        mask[5 * number : 5 * number + 5] = 255
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(folder / f"masks/{number}.png")
+    (folder / "images").mkdir()
+    Image.fromarray(np.full((20, 30), 9, np.uint8)).save(folder / "images/first.png")
+    shutil.copytree(folder, tmp_path / "bowl/second")
+    for name in ("third", "fourth", "fifth"):
+        shutil.copytree(folder, tmp_path / "bowl" / name)
+    (item,) = load_segmentation(tmp_path / "bowl", "validation")
+    steps = [PreparedImaged("image", "pathology", spatial_dims=2), ReadLabeld("label", 2, values=[0, 255])]
+    label = Compose(steps)(item)["label"]
+    assert label.shape == (1, 30, 20, 1)
+    assert label[0, :, :15].all()
+    assert not label[0, :, 15:].any()
+
+
+def test_label_maps_of_another_file_type_are_found_by_their_names(tmp_path):
+    for number in range(5):
+        photo(tmp_path, f"1.2.{number}")
+        (tmp_path / f"images/1.2.{number}.png").rename(tmp_path / f"images/1.2.{number}.jpg")
+    items = load_segmentation(tmp_path)
+    assert [Path(item["label"]).name for item in items] == ["1.2.0.png", "1.2.1.png", "1.2.2.png"]
+
+
+def test_numbers_that_stand_for_no_class_are_listed_and_two_classes_need_two_numbers(tmp_path):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
+        prepared(write(tmp_path, blob()), write(tmp_path / "l", np.full(SIZE, 3, np.uint8)), values=[0, 255])
+    with pytest.raises(InputError, match=r"holds 3; classes are \[0, 255\].*--label_values"):
+        raise caught.value.__cause__
+    with pytest.raises(InputError, match=r"label_values \[0\] must be 2 different numbers"):
+        ReadLabeld("label", 2, values=[0])
+
+
+def test_slices_can_keep_their_distance_while_their_pixels_are_resampled(tmp_path):
+    image = PreparedImaged("image", "mri", spacing=[None, 1.5, 1.5])({"image": str(write(tmp_path, blob()))})["image"]
+    assert image.pixdim.tolist() == pytest.approx([3.0, 1.5, 1.5])
+    assert image.shape[1] == 16

@@ -17,6 +17,7 @@ from monai.transforms import (
     Resize,
     ScaleIntensityRangePercentiles,
     Spacing,
+    SpatialCrop,
     Transform,
 )
 from monai.transforms.utils import generate_spatial_bounding_box, get_largest_connected_component_mask
@@ -53,7 +54,8 @@ class SlicesFirstd(MapTransform):
         for key in self.key_iterator(sample):
             image: MetaTensor = sample[key]
             if image.ndim == 3:
-                sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], meta=image.meta)
+                affine = image.affine[:, [2, 1, 0, 3]]
+                sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], affine=affine, meta=image.meta)
                 continue
             image = Orientation(
                 axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S"))
@@ -79,15 +81,20 @@ class Resampled(MapTransform):
 
     MONAI's own dictionary transform fails on samples with keys such as "image_id".
 
+    Args:
+        keys: of the images.
+        spacing: None for an axis to keep its own, such as [None, 1.5, 1.5] for thick and thin slices.
+
     Raises:
         InputError: when spacing is not three positive numbers.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float | None]) -> None:
         super().__init__(keys)
-        if len(spacing) != 3 or min(spacing) <= 0:
+        if len(spacing) != 3 or any(value is not None and value <= 0 for value in spacing):
             raise InputError(f"spacing {spacing} must be three positive numbers, mm along depth, height and width.")
-        self.resample = Spacing(pixdim=spacing, mode="bilinear")
+        # For MONAI a number that is none of a spacing keeps the image's.
+        self.resample = Spacing(pixdim=[-1.0 if value is None else value for value in spacing], mode="bilinear")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample one sample's images."""
@@ -186,7 +193,7 @@ class CropToFieldd(MapTransform):
             (top, left), (bottom, right) = generate_spatial_bounding_box(field[None])
             if self.mask:
                 image = image * torch.from_numpy(convex_hull_image(field))
-            sample[key] = image[..., top:bottom, left:right]
+            sample[key] = SpatialCrop(roi_start=(0, top, left), roi_end=(image.shape[1], bottom, right))(image)
         return sample
 
     def _field(self, image: Tensor) -> np.ndarray | None:
@@ -206,7 +213,7 @@ class CropToFieldd(MapTransform):
         return field if field.sum() >= _SPECK * field.size else None
 
 
-def geometry(keys: KeysCollection, spacing: Sequence[float] | None, *steps: Transform) -> Compose:
+def geometry(keys: KeysCollection, spacing: Sequence[float | None] | None, *steps: Transform) -> Compose:
     """A preset: slices first, the modality's own steps, volumes in the spacing asked for, the rest within the limit."""
     size = [] if spacing is None else [Resampled(keys, spacing)]
     return Compose([SlicesFirstd(keys), *steps, *size, ShrinkInPlaned(keys, volumes=spacing is None)])
