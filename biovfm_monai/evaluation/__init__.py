@@ -2,8 +2,10 @@
 
 from biovfm_monai.evaluation.embed import RawPixels, embed, embed_files, transform_of
 from biovfm_monai.evaluation.knn import KNNAccuracy, KNNProbe, knn_accuracy
+from biovfm_monai.evaluation.serve import classify_files, open_bundle, segment_files
 from biovfm_monai.evaluation.tokens import TokenizerProbe
 
 __all__ = [
-    "KNNAccuracy", "KNNProbe", "RawPixels", "TokenizerProbe", "embed", "embed_files", "knn_accuracy", "transform_of",
+    "KNNAccuracy", "KNNProbe", "RawPixels", "TokenizerProbe", "classify_files", "embed", "embed_files",
+    "knn_accuracy", "open_bundle", "segment_files", "transform_of",
 ]  # fmt: skip
