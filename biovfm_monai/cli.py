@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import fire
@@ -154,6 +155,49 @@ def probe(
     return probe_listing(run.run())
 
 
+def segment(
+    bundle: str, *images: str, out: str, dicom_seg: bool = False, memory: float | None = None, **overrides: Any
+) -> str:
+    """Write a label map for each image, as NIfTI with its geometry, and a picture of it.
+
+    Args:
+        bundle: folder of a trained bundle.
+        *images: files, folders of them, or folders of DICOM series.
+        out: folder to write into.
+        dicom_seg: to write DICOM segmentations of DICOM series, too.
+        memory: GiB that an image may take, if not all that the machine has.
+        **overrides: keys of the bundle's inference.json, as they were given for the training.
+    """
+    if not images:
+        raise InputError("name at least one image file or folder.")
+    from biovfm_monai.evaluation import segment_files  # noqa: PLC0415
+
+    paths = [str(image) for image in images]
+    done, aside = segment_files(str(bundle), paths, str(out), bool(dicom_seg), memory, overrides)
+    return _served(f"{out}: {done} image(s) labelled", aside)
+
+
+def classify(bundle: str, *images: str, out: str = "probabilities.csv", **overrides: Any) -> str:
+    """Write a table with the probability of each class for each image.
+
+    Args:
+        bundle: folder of a trained bundle.
+        *images: files, folders of them, or folders of DICOM series.
+        out: .csv file to write.
+        **overrides: keys of the bundle's inference.json, as they were given for the training.
+    """
+    if not images:
+        raise InputError("name at least one image file or folder.")
+    from biovfm_monai.evaluation import classify_files  # noqa: PLC0415
+
+    done, aside = classify_files(str(bundle), [str(image) for image in images], str(out), overrides)
+    return _served(f"{out}: {done} image(s) classified", aside)
+
+
+def _served(done: str, aside: Sequence[tuple[str, str]]) -> str:
+    return "\n".join([done + ".", *(f"set aside: {reason}" for _, reason in aside)])
+
+
 def info(encoder: str) -> str:
     """Show how an encoder file's network is built, how its images were prepared, and how it was trained.
 
@@ -280,6 +324,8 @@ def main() -> None:
             "verify": verify,
             "embed": embed,
             "probe": probe,
+            "segment": segment,
+            "classify": classify,
             "info": info,
             "plan": plan,
             "scale": {"fit": scale_cli.fit, "factors": scale_cli.factors, "compare": scale_cli.compare},

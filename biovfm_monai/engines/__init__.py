@@ -6,7 +6,7 @@ from biovfm_monai.engines.classification import ChancesHandler, LabelledViews, d
 from biovfm_monai.engines.collapse import CollapseHandler
 from biovfm_monai.engines.export import EncoderHandler
 from biovfm_monai.engines.finetuning import AnisotropyInferer, FlipInferer, FreezeHandler, ScheduleHandler
-from biovfm_monai.engines.overlays import OverlayHandler
+from biovfm_monai.engines.overlays import OverlayHandler, draw_overlay
 from biovfm_monai.engines.pictures import ReconstructionHandler
 from biovfm_monai.engines.plan import make_plan
 from biovfm_monai.engines.plan_report import report_plans
@@ -17,8 +17,9 @@ from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scale
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents, fast_precision
 
 __all__ = [
-    "AnisotropyInferer", "BadStepHandler", "ChancesHandler", "CollapseHandler", "EncoderHandler", "FlipInferer", "FreezeHandler",
-    "LabelledViews", "OverlayHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
-    "ReconstructionHandler", "ScheduleHandler", "StateHandler", "StepEvents", "WarmupCosine", "decided", "epochs_for",
-    "fast_precision", "make_plan", "parameter_groups", "report_plans", "scaled_rate", "write_chances",
+    "AnisotropyInferer", "BadStepHandler", "ChancesHandler", "CollapseHandler", "EncoderHandler", "FlipInferer",
+    "FreezeHandler", "LabelledViews", "OverlayHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
+    "ReconstructionHandler", "ScheduleHandler", "StateHandler", "StepEvents", "WarmupCosine", "decided",
+    "draw_overlay", "epochs_for", "fast_precision", "make_plan", "parameter_groups", "report_plans", "scaled_rate",
+    "write_chances",
 ]  # fmt: skip

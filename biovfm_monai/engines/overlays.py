@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.transforms import AsDiscrete
 from PIL import Image
 from skimage.color import hsv2rgb
 from torch import Tensor
@@ -18,7 +19,7 @@ from biovfm_monai.data.modalities.base import SlicesFirstd
 from biovfm_monai.files import write_atomically
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
-__all__ = ["OverlayHandler"]
+__all__ = ["OverlayHandler", "draw_overlay"]
 
 _OPACITY = 0.5
 _SQUARE = 1.5
@@ -55,6 +56,19 @@ class OverlayHandler:
         if distributed.is_main() and self._drawn:
             with write_atomically(self.path) as draft:
                 Image.fromarray(draw_sheet(self._drawn, width=240)).save(draft, format="PNG")
+
+
+def draw_overlay(image: MetaTensor, found: MetaTensor, classes: int) -> list[tuple[str, np.ndarray]]:
+    """The slice of an image with most of what is found, and the same with that in colours, as `OverlayHandler` draws.
+
+    Args:
+        image: C x X x Y (x Z).
+        found: 1 x X x Y (x Z), the number of a class, 0 for background.
+        classes: how many there are, the background included.
+    """
+    one_hot = AsDiscrete(to_onehot=classes)(found)
+    plane, _, shown = _row({"image": image, "label": one_hot, "pred": one_hot}, 1)
+    return [("image", plane[1]), ("found", shown[1])]
 
 
 def _row(sample: Mapping[str, Tensor], number: int) -> list[tuple[str, np.ndarray]]:
