@@ -1,11 +1,12 @@
 """What an encoder is worth: embeddings and probes."""
 
+from biovfm_monai.evaluation.biovfm import biovfm_probe
 from biovfm_monai.evaluation.embed import RawPixels, embed, embed_files, transform_of
 from biovfm_monai.evaluation.knn import KNNAccuracy, KNNProbe, knn_accuracy
 from biovfm_monai.evaluation.probe import Probe, probe_features, probe_listing
 from biovfm_monai.evaluation.tokens import TokenizerProbe
 
 __all__ = [
-    "KNNAccuracy", "KNNProbe", "Probe", "RawPixels", "TokenizerProbe", "embed", "embed_files", "knn_accuracy",
-    "probe_features", "probe_listing", "transform_of",
+    "KNNAccuracy", "KNNProbe", "Probe", "RawPixels", "TokenizerProbe", "biovfm_probe", "embed", "embed_files",
+    "knn_accuracy", "probe_features", "probe_listing", "transform_of",
 ]  # fmt: skip
