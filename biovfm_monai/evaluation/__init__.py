@@ -1,5 +1,6 @@
 """What an encoder is worth: embeddings and probes."""
 
+from biovfm_monai.evaluation.biovfm import biovfm_probe
 from biovfm_monai.evaluation.embed import RawPixels, embed, embed_files, transform_of
 from biovfm_monai.evaluation.knn import KNNAccuracy, KNNProbe, knn_accuracy
 from biovfm_monai.evaluation.probe import Probe, probe_features, probe_listing
@@ -7,6 +8,6 @@ from biovfm_monai.evaluation.serve import classify_files, open_bundle, segment_f
 from biovfm_monai.evaluation.tokens import TokenizerProbe
 
 __all__ = [
-    "KNNAccuracy", "KNNProbe", "Probe", "RawPixels", "TokenizerProbe", "classify_files", "embed", "embed_files",
-    "knn_accuracy", "open_bundle", "probe_features", "probe_listing", "segment_files", "transform_of",
+    "KNNAccuracy", "KNNProbe", "Probe", "RawPixels", "TokenizerProbe", "biovfm_probe", "classify_files", "embed",
+    "embed_files", "knn_accuracy", "open_bundle", "probe_features", "probe_listing", "segment_files", "transform_of",
 ]  # fmt: skip

@@ -174,7 +174,10 @@ def probe_listing(result: Mapping[str, Any]) -> str:
     for contender, probes in result["scores"].items():
         for probe, of in probes.items():
             low, high = of["intervals"]["auc"]
-            settings = ", ".join(f"{name} {value}" for name, value in of["settings"].items())
+            settings = ", ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in of["settings"].items()
+            )
             score = f"AUC {of['auc']:.4f} [{low:.4f}, {high:.4f}], accuracy {of['accuracy']:.4f}"
             lines.append(f"{contender:<12} {probe:<9} {score} ({settings})")
     return "\n".join(lines)
