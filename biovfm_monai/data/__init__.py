@@ -1,6 +1,8 @@
 """File to sample to batch."""
 
 from biovfm_monai.data.brain import TISSUES, write_brain
+from biovfm_monai.data.class_labels import ClassLabeld, class_weights
+from biovfm_monai.data.classification import load_classification
 from biovfm_monai.data.crops import RandomCropDataset
 from biovfm_monai.data.datalist import load_datalist
 from biovfm_monai.data.find import find_images
@@ -25,9 +27,9 @@ from biovfm_monai.data.verify import verify
 from biovfm_monai.data.views import MultiCrop, RandomResizedCrop
 
 __all__ = [
-    "NATURAL", "POLICIES", "TISSUES", "ByModalityd", "FitSized", "GlobalBatchSampler", "Labels", "MatchChannelsd",
-    "Mixture", "MultiCrop", "Policy", "PreparedImaged", "RandomCropDataset", "RandomResizedCrop", "ReadImaged",
-    "ReadLabeld", "RestoreGridd", "Store", "encoder_transform", "find_images", "geometric", "index", "load_datalist",
-    "load_segmentation", "pack", "read_image", "sample_datalist", "subset", "training_transform", "verify",
-    "with_chances", "write_brain", "write_samples",
+    "NATURAL", "POLICIES", "TISSUES", "ByModalityd", "ClassLabeld", "FitSized", "GlobalBatchSampler", "Labels",
+    "MatchChannelsd", "Mixture", "MultiCrop", "Policy", "PreparedImaged", "RandomCropDataset", "RandomResizedCrop",
+    "ReadImaged", "ReadLabeld", "RestoreGridd", "Store", "class_weights", "encoder_transform", "find_images",
+    "geometric", "index", "load_classification", "load_datalist", "load_segmentation", "pack", "read_image",
+    "sample_datalist", "subset", "training_transform", "verify", "with_chances", "write_brain", "write_samples",
 ]  # fmt: skip

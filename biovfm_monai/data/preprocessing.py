@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, MapTransform, Resize, SpatialPad
+from monai.transforms import Compose, MapTransform, Resize, SpatialPad, Transform
 from torch import Tensor
 
 from biovfm_monai.anisotropy import anisotropy_of, spacing_of
@@ -236,13 +236,16 @@ def encoder_transform(
     spacing: Sequence[float] | None = None,
     keys: KeysCollection = ("image",),
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    modality: str | None = None,
 ) -> Compose:
     """Datalist item to the encoder's input, normalised float32: C x H x W per slice, or C x D x H x W.
 
-    mean and std are one number each, or one per channel; spacing and presets are those of `ByModalityd`.
+    mean and std are one number each, or one per channel; spacing and presets are those of `ByModalityd`; modality is
+    that of items that tell none.
     """
     return Compose(
         [
+            _OfModality(modality),
             ReadImaged(keys),
             ByModalityd(keys, spacing, presets),
             MatchChannelsd(keys, in_channels),
@@ -250,6 +253,14 @@ def encoder_transform(
             _Normalised(keys, mean, std),
         ]
     )
+
+
+class _OfModality(Transform):
+    def __init__(self, modality: str | None) -> None:
+        self.modality = modality
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, "modality": data.get("modality") or self.modality}
 
 
 class _Normalised(MapTransform):

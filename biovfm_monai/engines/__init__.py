@@ -2,6 +2,7 @@
 
 from biovfm_monai.engines.bad_steps import BadStepHandler
 from biovfm_monai.engines.budget import epochs_for
+from biovfm_monai.engines.classification import ChancesHandler, LabelledViews, decided, write_chances
 from biovfm_monai.engines.collapse import CollapseHandler
 from biovfm_monai.engines.export import EncoderHandler
 from biovfm_monai.engines.finetuning import FlipInferer, FreezeHandler, ScheduleHandler
@@ -16,8 +17,8 @@ from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scale
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents, fast_precision
 
 __all__ = [
-    "BadStepHandler", "CollapseHandler", "EncoderHandler", "FlipInferer", "FreezeHandler", "OverlayHandler",
-    "PretrainingTrainer", "ProfileHandler", "ProgressHandler", "ReconstructionHandler", "ScheduleHandler",
-    "StateHandler", "StepEvents", "WarmupCosine", "epochs_for", "fast_precision", "make_plan", "parameter_groups",
-    "report_plans", "scaled_rate",
+    "BadStepHandler", "ChancesHandler", "CollapseHandler", "EncoderHandler", "FlipInferer", "FreezeHandler",
+    "LabelledViews", "OverlayHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
+    "ReconstructionHandler", "ScheduleHandler", "StateHandler", "StepEvents", "WarmupCosine", "decided", "epochs_for",
+    "fast_precision", "make_plan", "parameter_groups", "report_plans", "scaled_rate", "write_chances",
 ]  # fmt: skip

@@ -13,18 +13,24 @@ from conftest import ROOT
 from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
 
 from biovfm_monai.checkpoints import save_embedder, save_encoder, save_tokenizer
-from biovfm_monai.networks import SoftTokenizer
+from biovfm_monai.networks import SoftTokenizer, vit_tiny
 from biovfm_monai.shipped import copy_bundle
 
 pytestmark = pytest.mark.xdist_group("bundle_zoo")
+SUPERVISED = ("_segmentation", "_classification")
 NAMES = sorted(p.parent.name for p in (ROOT / "bundles").glob("*/configs"))
 
 
 def write_weights(root):
     """What a training would leave in models/, of weights as they were drawn."""
+    if root.name.endswith("_embedding"):
+        encoder = vit_tiny(1, (64, 64), 8, depth=2)
+        save_encoder(encoder, root / "models/encoder.safetensors", {"mean": 0.5, "std": 0.5}, {})
+        save_embedder(encoder, root / "models/model.pt")
+        return
     parser = ConfigParser()
     parser.read_config(str(root / "configs/train.json"))
-    if "encoder" not in parser or root.name.endswith("_segmentation"):
+    if "encoder" not in parser or root.name.endswith(SUPERVISED):
         network = parser.get_parsed_content("network_def")
         (root / "models").mkdir()
         torch.save({"model": network.state_dict()}, root / "models/model.pt")
@@ -71,7 +77,7 @@ def test_its_network_takes_and_gives_what_the_metadata_say_and_becomes_torchscri
     script = str(tmp_path / "model.ts")
     image = blank(root)
     # Networks of the pretraining bundles are in the zoo's list of those that cannot be scripted, and are traced.
-    how = {} if root.name.endswith("_segmentation") else {"use_trace": True, "input_shape": list(image.shape)}
+    how = {} if root.name.endswith(SUPERVISED) else {"use_trace": True, "input_shape": list(image.shape)}
     weights = {"ckpt_file": str(root / "models/model.pt"), "key_in_ckpt": "model"}
     ckpt_export("network_def", filepath=script, **weights, **how, **checked)
     parser = ConfigParser()

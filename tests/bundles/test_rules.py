@@ -13,6 +13,9 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 BUNDLES = sorted(p.parent for p in (ROOT / "bundles").glob("*/configs"))
 PRETRAINING = [bundle for bundle in BUNDLES if bundle.name.endswith("_pretraining")]
 SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("_segmentation")]
+CLASSIFICATION = [bundle for bundle in BUNDLES if bundle.name.endswith("_classification")]
+EMBEDDING = [bundle for bundle in BUNDLES if bundle.name.endswith("_embedding")]
+TRAINED = [bundle for bundle in BUNDLES if bundle not in EMBEDDING]
 CONFIGS = [path for bundle in BUNDLES for path in sorted((bundle / "configs").glob("*.json"))]
 OVERLAYS = sorted((ROOT / "configs").glob("*.json"))
 SCHEMA = json.loads((Path(__file__).parent / "meta_schema_20240725.json").read_text())
@@ -37,6 +40,11 @@ def bundle(request):
     return request.param
 
 
+@pytest.fixture(params=TRAINED, ids=lambda p: p.name)
+def trained(request):
+    return request.param
+
+
 @pytest.fixture(params=PRETRAINING, ids=lambda p: p.name)
 def pretraining(request):
     return request.param
@@ -53,13 +61,14 @@ def config(request):
 
 
 def test_every_bundles_name_ends_with_a_task_that_has_rules():
-    assert sorted(PRETRAINING + SEGMENTATION) == BUNDLES
+    assert sorted(PRETRAINING + SEGMENTATION + CLASSIFICATION + EMBEDDING) == BUNDLES
 
 
 def test_a_bundle_has_every_file_that_the_model_zoo_asks_for(bundle):
     for file in ("LICENSE", "docs/README.md", "configs/logging.conf", "configs/metadata.json"):
         assert (bundle / file).is_file(), file
-    assert {p.name for p in (bundle / "configs").glob("*.json")} >= {"train.json", "inference.json", "evaluate.json"}
+    verbs = {"inference.json", "evaluate.json", *(["train.json"] if bundle in TRAINED else [])}
+    assert {p.name for p in (bundle / "configs").glob("*.json")} >= verbs
     assert not (bundle / "scripts").exists()
 
 
@@ -99,8 +108,8 @@ def test_no_macros_no_metadata_references_and_no_scripts(config):
             assert "scripts." not in value, path
 
 
-def test_handlers_are_a_list_of_dicts_and_datasets_are_dicts_with_data(bundle):
-    train = json.loads((bundle / "configs/train.json").read_text())["train"]
+def test_handlers_are_a_list_of_dicts_and_datasets_are_dicts_with_data(trained):
+    train = json.loads((trained / "configs/train.json").read_text())["train"]
     assert all(isinstance(handler, dict) and "_target_" in handler for handler in train["handlers"])
     assert train["trainer"]["train_handlers"] == "@train::handlers"
     assert "data" in train["dataset"]
@@ -116,14 +125,14 @@ def test_a_collapse_is_watched_for_and_takes_a_run_back_to_the_states_it_writes_
     assert handlers.index(watching) == 4, "docs/methods.md names it by its number"
 
 
-def test_outputs_lie_below_the_bundle_and_are_expressions(bundle):
-    train = json.loads((bundle / "configs/train.json").read_text())
+def test_outputs_lie_below_the_bundle_and_are_expressions(trained):
+    train = json.loads((trained / "configs/train.json").read_text())
     for key in ("output_dir", "ckpt_dir"):
         assert train[key].startswith("$@bundle_root + '/")
 
 
-def test_initialising_a_training_touches_no_file(bundle):
-    for expression in json.loads((bundle / "configs/train.json").read_text())["initialize"]:
+def test_initialising_a_training_touches_no_file(trained):
+    for expression in json.loads((trained / "configs/train.json").read_text())["initialize"]:
         assert not re.search(r"dataset_dir|datalist|output_dir|ckpt_dir|open\(", expression)
 
 
@@ -146,8 +155,8 @@ def test_logging_conf_uses_only_what_monai_allows(bundle):
     assert set(re.findall(r"args=(.*)", text)) <= {"(sys.stdout,)", "(sys.stderr,)"}
 
 
-def test_mlflow_tracking_can_find_its_engine(bundle):
-    train = json.loads((bundle / "configs/train.json").read_text())
+def test_mlflow_tracking_can_find_its_engine(trained):
+    train = json.loads((trained / "configs/train.json").read_text())
     assert DEFAULT_MLFLOW_SETTINGS["handlers_id"]["trainer"] == {"id": "train#trainer", "handlers": "train#handlers"}
     assert train["output_dir"].startswith("$")
 
@@ -276,7 +285,7 @@ def test_what_monai_label_overrides_is_there(segmentation):
 
 def test_a_bundle_tells_in_its_readme_the_commands_and_its_modality(bundle):
     text = (bundle / "docs/README.md").read_text()
-    for verb in ("train", "inference", "evaluate"):
+    for verb in ("train", "inference", "evaluate") if bundle in TRAINED else ("inference", "evaluate"):
         assert f"python -m monai.bundle run --config_file configs/{verb}.json --bundle_root ." in text
-    modality = json.loads((bundle / "configs/train.json").read_text())["modality"]
+    modality = json.loads((bundle / "configs/inference.json").read_text())["modality"]
     assert modality is None or f"docs/modalities/{modality}.md" in text
