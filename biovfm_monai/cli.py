@@ -309,6 +309,22 @@ def bundle(name: str, folder: str) -> str:
     return f"{root}: ready. Run it with\n\n    {command}\n"
 
 
+def label_init(app: str, bundles: Any) -> str:
+    """Write a MONAI Label app that serves bundles; docs/monai-label.md says how to install MONAI Label.
+
+    Args:
+        app: folder to make.
+        bundles: shipped ones, or folders of your own with their models, such as brain_mri_segmentation,image_embedding.
+    """
+    import shlex  # noqa: PLC0415
+
+    from biovfm_monai.label import init_app  # noqa: PLC0415
+
+    names = bundles.split(",") if isinstance(bundles, str) else [str(name) for name in bundles]
+    root = str(init_app(str(app), names))
+    return f"{root}: ready. Serve it with\n\n    monailabel start_server --app {shlex.quote(root)} --studies IMAGES\n"
+
+
 def main() -> None:
     """Entry point of the `biovfm` command."""
     report_input_errors()
@@ -330,6 +346,7 @@ def main() -> None:
             "plan": plan,
             "scale": {"fit": scale_cli.fit, "factors": scale_cli.factors, "compare": scale_cli.compare},
             "bundle": bundle,
+            "label": {"init": label_init},
             "convert": convert,
             "export": export,
         },

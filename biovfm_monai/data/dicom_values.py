@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+try:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+except ImportError:  # pydicom 2, which MONAI Label 0.8.5 needs
+    from pydicom.pixel_data_handlers import apply_modality_lut, apply_voi_lut
 
 __all__ = ["displayed", "is_radiograph", "measured", "uptake_factor"]
 

@@ -1,0 +1,199 @@
+"""A real MONAI Label server, in the environment that `make label-env` builds, asked over REST (`make test-label`)."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+import torch
+from monai.bundle import ConfigParser
+from PIL import Image
+
+from biovfm_monai.checkpoints import save_encoder
+from biovfm_monai.data import write_brain
+from biovfm_monai.label import init_app
+from biovfm_monai.networks import spad_vit_tiny
+
+ENV = Path(os.environ.get("LABEL_ENV", Path(__file__).parents[2] / ".venv-label")).resolve()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not (ENV / "bin/monailabel").exists(), reason=f"no MONAI Label in {ENV}: make label-env"),
+]
+SEGMENT, CLASSIFY, EMBED, PRETRAIN = (
+    "brain_mri_segmentation", "medmnist_classification", "image_embedding", "mri_mae_pretraining",
+)  # fmt: skip
+WAIT = 600
+SMALL = {"steps_per_epoch": 2, "batch_size": 2, "img_size": [16, 16, 16], "crop_size": [16, 16, 16]}
+
+
+def save_random_weights(bundle):
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/inference.json"))
+    parser["bundle_root"] = str(bundle)
+    network = parser.get_parsed_content("network_def")
+    (bundle / "models").mkdir(exist_ok=True)
+    torch.save({"model": network.state_dict()}, bundle / "models/model.pt")
+
+
+def save_random_encoder(bundle):
+    (bundle / "models").mkdir()
+    encoder = spad_vit_tiny(in_channels=1, img_size=(32, 32, 32), patch_size=8, depth=2)
+    about = {"mean": 0.5, "std": 0.5, "spacing": None, "presets": None}
+    save_encoder(encoder, bundle / "models/encoder.safetensors", preprocessing=about)
+
+
+class Server:
+    def __init__(self, url):
+        self.url = url
+
+    def ask(self, verb, path, **options):
+        return requests.request(verb, self.url + path, timeout=WAIT, **options)
+
+    def get(self, verb, path, **options):
+        answer = self.ask(verb, path, **options)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def segment(self, image, folder):
+        answer = self.get("post", f"/infer/{SEGMENT}?image={image}&output=image")
+        path = folder / "answer.nii.gz"
+        path.write_bytes(answer.content)
+        return nib.load(path)
+
+
+@pytest.fixture(scope="module")
+def brain(tmp_path_factory):
+    folder = Path(write_brain(tmp_path_factory.mktemp("data") / "brain"))
+    items = json.loads((folder / "datalist.json").read_text())
+    return [(folder / item["image"], folder / item["label"]) for part in items.values() for item in part]
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    app = init_app(tmp_path_factory.mktemp("label") / "app", [SEGMENT, CLASSIFY, EMBED, PRETRAIN])
+    save_random_weights(app / "model" / CLASSIFY)
+    save_random_encoder(app / "model" / EMBED)
+    return app
+
+
+@pytest.fixture(scope="module")
+def server(app, tmp_path_factory):
+    studies = tmp_path_factory.mktemp("studies")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "PATH": f"{ENV / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]), "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
+    }  # fmt: skip
+    arguments = ["start_server", "--app", app, "--studies", studies, "--host", "127.0.0.1", "--port", port]
+    command = [ENV / "bin/python", "-m", "monailabel.main", *arguments, "--conf", "modality", "mri"]
+    with (studies.parent / "server.log").open("wb") as log:
+        process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+    try:
+        server = Server(f"http://127.0.0.1:{port}")
+        wait_for(server, process, Path(log.name))
+        server.studies = studies
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+        print(Path(log.name).read_text()[-8000:])  # noqa: T201
+
+
+def wait_for(server, process, log):
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            if requests.get(server.url + "/info/", timeout=60).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(1)
+    raise TimeoutError(log.read_text()[-4000:])
+
+
+def test_a_server_segments_learns_classifies_embeds_and_says_what_to_label_next(server, app, brain, tmp_path):
+    about = server.get("get", "/info/").json()
+    assert set(about["models"]) == {SEGMENT, CLASSIFY, EMBED}
+    assert set(about["trainers"]) == {SEGMENT, PRETRAIN}
+    assert {"random", "farthest_first", "uncertainty"} == set(about["strategies"])
+
+    names = []
+    for image, _ in brain[:3]:
+        answer = server.get("put", "/datastore/", files={"file": (image.name, image.read_bytes())})
+        names.append(answer.json()["image"])
+
+    weights = app / "model" / SEGMENT / "models/model.pt"
+    answer = server.ask("post", f"/infer/{SEGMENT}?image={names[0]}&output=image")
+    assert answer.status_code == 500
+    assert "model.pt: no such file. Put the weights there, or train them" in answer.text
+    weights.parent.mkdir()
+    torch.save({"model": {"other.weight": torch.zeros(3)}}, weights)
+    answer = server.ask("post", f"/infer/{SEGMENT}?image={names[0]}&output=image")
+    assert answer.status_code == 500
+    assert "other.weight" in answer.text
+
+    save_random_weights(weights.parents[1])
+    image = nib.load(brain[0][0])
+    before = server.segment(names[0], tmp_path)
+    np.testing.assert_allclose(before.affine, image.affine, atol=1e-4)
+    assert before.shape == image.shape
+    first = np.asarray(before.dataobj).copy()
+    assert set(np.unique(first)) <= {0, 1, 2}
+
+    label = brain[0][1]
+    answer = server.get(
+        "put", f"/datastore/label?image={names[0]}&tag=final", files={"label": (label.name, label.read_bytes())}
+    )
+    assert answer.json()["image"] == names[0]
+    was = weights.read_bytes()
+    server.get("post", f"/train/{SEGMENT}?run_sync=true", json={"max_epochs": 1, "device": "cpu"})
+    assert weights.read_bytes() != was
+    after = np.asarray(server.segment(names[0], tmp_path).dataobj)
+    true = np.asarray(nib.load(label).dataobj)
+    assert (after != first).any()
+    assert (after == true).mean() > (first == true).mean()
+
+    answer = server.get("post", "/activelearning/farthest_first", json={})
+    chosen = answer.json()
+    assert chosen["id"] in names[1:]
+    assert chosen["weight"] > 0
+    assert "embedding" not in answer.text
+    with np.load(server.studies / f"biovfm_label/{EMBED}.npz") as cached:
+        assert sorted(cached["names"]) == sorted(names)
+        vectors = dict(zip(cached["names"].tolist(), cached["vectors"], strict=True))
+    distances = {name: np.linalg.norm(vectors[name] - vectors[names[0]]) for name in names[1:]}
+    assert chosen["id"] == max(distances, key=distances.get)
+    assert server.get("post", "/activelearning/farthest_first", json={}).json()["id"] not in (names[0], chosen["id"])
+    unsure = server.get("post", "/activelearning/uncertainty", json={}).json()
+    assert unsure["id"] in names[1:]
+    assert 0 < unsure["weight"] <= 1
+
+    embedding = server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
+    np.testing.assert_allclose(embedding, vectors[names[1]], rtol=1e-4, atol=1e-5)
+
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28, 3), np.uint8)).save(picture, "png")
+    answer = server.get(
+        "post", f"/infer/{CLASSIFY}?output=json", files={"file": ("cell.png", picture.getvalue())},
+        data={"params": json.dumps({"modality": "microscopy"})},
+    )  # fmt: skip
+    prediction = answer.json()["prediction"]
+    assert [entry["idx"] for entry in prediction] == list(range(8))
+    assert sum(entry["score"] for entry in prediction) == pytest.approx(1, abs=1e-4)
+    assert prediction[0]["label"] == "basophil"
+
+    request = {"max_epochs": 1, "give_to": EMBED, "overrides": SMALL}
+    done = server.get("post", f"/train/{PRETRAIN}?run_sync=true", json=request).json()
+    assert done["images"] == 2
+    new = server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
+    assert new != embedding
