@@ -174,7 +174,7 @@ def segment(
 
     paths = [str(image) for image in images]
     done, aside = segment_files(str(bundle), paths, str(out), bool(dicom_seg), memory, overrides)
-    return _served(f"{out}: {done} image(s) labelled", aside)
+    return _served(str(out), done, aside)
 
 
 def classify(bundle: str, *images: str, out: str = "probabilities.csv", **overrides: Any) -> str:
@@ -191,11 +191,13 @@ def classify(bundle: str, *images: str, out: str = "probabilities.csv", **overri
     from biovfm_monai.evaluation import classify_files  # noqa: PLC0415
 
     done, aside = classify_files(str(bundle), [str(image) for image in images], str(out), overrides)
-    return _served(f"{out}: {done} image(s) classified", aside)
+    return _served(str(out), done, aside)
 
 
-def _served(done: str, aside: Sequence[tuple[str, str]]) -> str:
-    return "\n".join([done + ".", *(f"set aside: {reason}" for _, reason in aside)])
+def _served(out: str, done: int, aside: Sequence[tuple[str, str]]) -> str:
+    if not done:
+        raise InputError(f"no image could be used. {aside[0][1] if aside else 'There is none.'}")
+    return "\n".join([f"{out}: ready, {done} image(s).", *(f"set aside: {reason}" for _, reason in aside)])
 
 
 def info(encoder: str) -> str:

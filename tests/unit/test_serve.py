@@ -164,8 +164,10 @@ def test_probabilities_stand_under_the_classes_names(classifier, tmp_path):
     sample = open_bundle(classifier)({"image": str(tmp_path / "1.png")})
     assert [float(rows[1][name]) for name in ("mass", "node")] == pytest.approx(sample["pred"].tolist(), abs=1e-5)
     line = cli.classify(str(classifier), str(tmp_path / "0.png"), out=str(out), classes=["x", "y"])
-    assert line == f"{out}: 1 image(s) classified."
+    assert line == f"{out}: ready, 1 image(s)."
     assert out.read_text().startswith("image,x,y")
+    with pytest.raises(InputError, match=r"no image could be used\. .*2\.png"):
+        cli.classify(str(classifier), str(tmp_path / "2.png"), out=str(out))
 
 
 @pytest.mark.parametrize(
