@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -23,7 +23,7 @@ from biovfm_monai import distributed
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import Block
 
-__all__ = ["Sharded", "inner", "local", "parallel", "spread", "whole"]
+__all__ = ["Sharded", "inner", "local", "parallel", "whole"]
 
 _KEPT = {
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
@@ -110,13 +110,6 @@ def whole(tree: Any) -> Any:
     if isinstance(tree, list):
         return [whole(value) for value in tree]
     return tree.full_tensor() if isinstance(tree, DTensor) else tree
-
-
-def spread(x: Any, like: Tensor | None) -> Any:
-    """A whole tensor, the same on every process, sharded as another one of its shape is; anything else as it is."""
-    if not (isinstance(like, DTensor) and isinstance(x, Tensor) and x.shape == like.shape):
-        return x
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from biovfm_monai.engines import parameter_groups
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import ViT
-from biovfm_monai.parallelism import inner, local, parallel, spread, whole
+from biovfm_monai.parallelism import inner, local, parallel, whole
 
 BATCH = {"image": torch.rand(2, 1, 64, 64), "key": torch.arange(2)}
 
@@ -75,7 +75,6 @@ def test_one_process_needs_no_parts():
     weights = {"a": [network.mask_token]}
     assert whole(weights) == weights
     assert local(network.mask_token) is network.mask_token
-    assert spread(network.mask_token, network.mask_token) is network.mask_token
 
 
 def test_names_of_weights_stay_as_they_are():
