@@ -280,3 +280,18 @@ def test_photographs_are_learnt_and_label_maps_of_their_size_and_numbers_written
     dice = 2 * ((found > 0) & (truth > 0)).sum() / ((found > 0).sum() + (truth > 0).sum())
     assert dice == pytest.approx(float(row["class0"]), abs=1e-4)
     assert dice > 0.4  # that of one class for all pixels is 0.18
+
+
+def test_thick_and_thin_slices_of_ct_train_and_are_segmented_with_one_network(tmp_path, caplog):
+    for number in range(5):
+        values, label = np.full((40, 40, 12), -1000, np.float32), np.zeros((40, 40, 12), np.uint8)
+        values[8:30, 8:30, 2:10], label[8:30, 8:30, 2:10] = 100, 1 + number % 2
+        affine = np.diag([1.5, 1.5, (1.5, 7.0)[number % 2], 1])
+        write(tmp_path / f"data/images/case_{number}.nii.gz", values, affine)
+        write(tmp_path / f"data/labels/case_{number}.nii.gz", label, affine)
+    root = copy_bundle("multiorgan_ct_segmentation", tmp_path / "bundles")
+    options = {"dataset_dir": str(tmp_path / "data"), "out_channels": 3, "crop_size": [8, 32, 32]}
+    run(root, "train", max_epochs=1, samples_per_volume=2, **options)
+    run(root, "inference", **options)
+    assert nib.load(root / "eval/case_4/case_4_seg.nii.gz").shape == (40, 40, 12)
+    assert "the network is one of" not in caplog.text
