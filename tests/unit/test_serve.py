@@ -38,7 +38,8 @@ def save(root, weights):
 def segmenter(tmp_path_factory):
     """The brain bundle with a convolution that calls bright voxels class 1, and never says class 2."""
     root = copy_bundle("brain_mri_segmentation", tmp_path_factory.mktemp("bundles"))
-    change(root, network_def=THRESHOLD, modality="ct", spacing=None, device="cpu")
+    inferer = {"_target_": "monai.inferers.SimpleInferer"}
+    change(root, network_def=THRESHOLD, inferer=inferer, modality="ct", spacing=None, device="cpu")
     weights = {"weight": torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1, 1, 1), "bias": torch.tensor([0.0, 0.0, -9.0])}
     return save(root, weights)
 
