@@ -43,14 +43,16 @@ def init_app(app: str | Path, bundles: Sequence[str | Path]) -> Path:
         _require_task(name)
     if app.exists() and (not app.is_dir() or any(app.iterdir())):
         raise InputError(f"{app}: is already there, and would be overwritten. Name another folder, or remove it.")
-    for bundle, name in zip(bundles, names, strict=True):
-        folder = Path(bundle).expanduser()
-        if len(folder.parts) == 1 and not folder.is_dir():
-            copy_bundle(name, app / "model")
-        elif (folder / "configs/metadata.json").is_file():
+    folders = [Path(bundle).expanduser() for bundle in bundles]
+    own = [folder for folder in folders if len(folder.parts) > 1 or folder.is_dir()]
+    for folder in own:
+        if not (folder / "configs/metadata.json").is_file():
+            raise InputError(f"{folder}: is no bundle, as it has no configs/metadata.json. Correct the path.")
+    for folder, name in zip(folders, names, strict=True):
+        if folder in own:
             shutil.copytree(folder, app / "model" / name, ignore=shutil.ignore_patterns("eval", "samples", "data"))
         else:
-            raise InputError(f"{folder}: is no bundle, as it has no configs/metadata.json. Correct the path.")
+            copy_bundle(name, app / "model")
     (app / "main.py").write_text(_MAIN.format(app=app.name), encoding="utf-8")
     return app
 

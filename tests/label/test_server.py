@@ -121,66 +121,85 @@ def wait_for(server, process, log):
     raise TimeoutError(log.read_text()[-4000:])
 
 
-def test_a_server_segments_learns_classifies_embeds_and_says_what_to_label_next(server, app, brain, tmp_path):
+@pytest.fixture(scope="module")
+def names(server, brain):
+    """Three uploaded volumes."""
+    parts = [{"file": (image.name, image.read_bytes())} for image, _ in brain[:3]]
+    return [server.get("put", "/datastore/", files=part).json()["image"] for part in parts]
+
+
+@pytest.fixture(scope="module")
+def labelled(server, brain, names):
+    """The first of them, with its corrected label saved."""
+    label = brain[0][1]
+    part = {"label": (label.name, label.read_bytes())}
+    answer = server.get("put", f"/datastore/label?image={names[0]}&tag=final", files=part)
+    assert answer.json()["image"] == names[0]
+    return names[0]
+
+
+def test_the_server_offers_what_its_bundles_can_do(server):
     about = server.get("get", "/info/").json()
     assert set(about["models"]) == {SEGMENT, CLASSIFY, EMBED}
     assert set(about["trainers"]) == {SEGMENT, PRETRAIN}
-    assert {"random", "farthest_first", "uncertainty"} == set(about["strategies"])
+    assert set(about["strategies"]) == {"random", "farthest_first", "uncertainty"}
 
-    names = []
-    for image, _ in brain[:3]:
-        answer = server.get("put", "/datastore/", files={"file": (image.name, image.read_bytes())})
-        names.append(answer.json()["image"])
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [(None, "no such file. Put the weights there, or train them"), ({"other.weight": 0}, "other.weight")],
+)
+def test_missing_weights_and_those_of_another_network_are_an_error(server, app, names, state, told):
     weights = app / "model" / SEGMENT / "models/model.pt"
+    weights.parent.mkdir(exist_ok=True)
+    weights.unlink(missing_ok=True)
+    if state:
+        torch.save({"model": {name: torch.zeros(3) for name in state}}, weights)
     answer = server.ask("post", f"/infer/{SEGMENT}?image={names[0]}&output=image")
     assert answer.status_code == 500
-    assert "model.pt: no such file. Put the weights there, or train them" in answer.text
-    weights.parent.mkdir()
-    torch.save({"model": {"other.weight": torch.zeros(3)}}, weights)
-    answer = server.ask("post", f"/infer/{SEGMENT}?image={names[0]}&output=image")
-    assert answer.status_code == 500
-    assert "other.weight" in answer.text
+    assert told in answer.text
 
-    save_random_weights(weights.parents[1])
-    image = nib.load(brain[0][0])
-    before = server.segment(names[0], tmp_path)
+
+def test_segmentation_is_on_the_files_grid_and_better_after_training_on_a_corrected_label(
+    server, app, brain, labelled, tmp_path
+):
+    image, true = (nib.load(path) for path in brain[0])
+    true = np.asarray(true.dataobj)
+    save_random_weights(app / "model" / SEGMENT)
+    weights = app / "model" / SEGMENT / "models/model.pt"
+    before, was = server.segment(labelled, tmp_path), weights.read_bytes()
     np.testing.assert_allclose(before.affine, image.affine, atol=1e-4)
     assert before.shape == image.shape
     first = np.asarray(before.dataobj).copy()
     assert set(np.unique(first)) <= {0, 1, 2}
-
-    label = brain[0][1]
-    answer = server.get(
-        "put", f"/datastore/label?image={names[0]}&tag=final", files={"label": (label.name, label.read_bytes())}
-    )
-    assert answer.json()["image"] == names[0]
-    was = weights.read_bytes()
     server.get("post", f"/train/{SEGMENT}?run_sync=true", json={"max_epochs": 1, "device": "cpu"})
     assert weights.read_bytes() != was
-    after = np.asarray(server.segment(names[0], tmp_path).dataobj)
-    true = np.asarray(nib.load(label).dataobj)
+    after = np.asarray(server.segment(labelled, tmp_path).dataobj)
     assert (after != first).any()
     assert (after == true).mean() > (first == true).mean()
 
+
+def test_the_next_sample_is_the_farthest_by_embedding_or_the_least_sure(server, app, names, labelled):
     answer = server.get("post", "/activelearning/farthest_first", json={})
     chosen = answer.json()
-    assert chosen["id"] in names[1:]
     assert chosen["weight"] > 0
     assert "embedding" not in answer.text
     with np.load(server.studies / f"biovfm_label/{EMBED}.npz") as cached:
-        assert sorted(cached["names"]) == sorted(names)
         vectors = dict(zip(cached["names"].tolist(), cached["vectors"], strict=True))
-    distances = {name: np.linalg.norm(vectors[name] - vectors[names[0]]) for name in names[1:]}
+    assert sorted(vectors) == sorted(names)
+    distances = {name: np.linalg.norm(vectors[name] - vectors[labelled]) for name in names if name != labelled}
     assert chosen["id"] == max(distances, key=distances.get)
-    assert server.get("post", "/activelearning/farthest_first", json={}).json()["id"] not in (names[0], chosen["id"])
+    assert server.get("post", "/activelearning/farthest_first", json={}).json()["id"] not in (labelled, chosen["id"])
+    embedding = server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
+    np.testing.assert_allclose(embedding, vectors[names[1]], rtol=1e-4, atol=1e-5)
+
+    save_random_weights(app / "model" / SEGMENT)
     unsure = server.get("post", "/activelearning/uncertainty", json={}).json()
     assert unsure["id"] in names[1:]
     assert 0 < unsure["weight"] <= 1
 
-    embedding = server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
-    np.testing.assert_allclose(embedding, vectors[names[1]], rtol=1e-4, atol=1e-5)
 
+def test_an_uploaded_picture_is_classified(server):
     picture = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28, 3), np.uint8)).save(picture, "png")
     answer = server.get(
@@ -192,8 +211,13 @@ def test_a_server_segments_learns_classifies_embeds_and_says_what_to_label_next(
     assert sum(entry["score"] for entry in prediction) == pytest.approx(1, abs=1e-4)
     assert prediction[0]["label"] == "basophil"
 
+
+def test_pretraining_on_images_without_labels_gives_other_embeddings(server, names, labelled):
+    def embedding():
+        return server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
+
+    before = embedding()
     request = {"max_epochs": 1, "give_to": EMBED, "overrides": SMALL}
     done = server.get("post", f"/train/{PRETRAIN}?run_sync=true", json=request).json()
-    assert done["images"] == 2
-    new = server.get("post", f"/infer/{EMBED}?image={names[1]}&output=json").json()["embedding"]
-    assert new != embedding
+    assert done["images"] == len(names) - 1
+    assert embedding() != before
