@@ -14,6 +14,7 @@ from monai.inferers import Inferer
 from monai.transforms import SaveImaged, SqueezeDimd
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
+from monailabel.transform.writer import Writer
 from monailabel.utils.others.generic import name_to_device
 from torch import Tensor, nn
 
@@ -139,8 +140,9 @@ class SegmentationInfer(BundleInfer):
         return [*super().post_transforms(data), SqueezeDimd("pred", dim=0)]
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = np.uint8) -> tuple[Any, Any]:
-        """Write the label map."""
-        return super().writer(data, extension, dtype)
+        """Write the label map; by nibabel, since ITK makes the affine of a tilted gantry orthogonal."""
+        given = {"result_dtype": dtype, "labels": self.labels} | ({"result_extension": extension} if extension else {})
+        return Writer(label="pred", json="result", nibabel=True)({**data, **given})
 
 
 class ClassificationInfer(BundleInfer):

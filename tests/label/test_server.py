@@ -221,3 +221,21 @@ def test_pretraining_on_images_without_labels_gives_other_embeddings(server, nam
     done = server.get("post", f"/train/{PRETRAIN}?run_sync=true", json=request).json()
     assert done["images"] == len(names) - 1
     assert embedding() != before
+
+
+def test_a_label_map_of_a_tilted_gantry_keeps_its_sheared_affine():
+    script = """
+import types
+import nibabel, numpy, torch
+from monai.data import MetaTensor
+from biovfm_monai.label.infer import SegmentationInfer
+affine = numpy.array([[1, 0, 0.3, 5], [0, -1.2, 0, 6], [0, 0.4, 3, 7], [0, 0, 0, 1]])
+label = MetaTensor(torch.arange(210).reshape(6, 7, 5) % 3, affine=torch.tensor(affine))
+task = types.SimpleNamespace(labels={"tissue": 1})
+path, _ = SegmentationInfer.writer(task, {"pred": label, "image_path": "a.nii.gz"}, dtype=numpy.uint8)
+written = nibabel.load(path)
+numpy.testing.assert_allclose(written.affine, affine, atol=1e-6)
+numpy.testing.assert_array_equal(numpy.asarray(written.dataobj), label.array)
+"""
+    root = str(Path(__file__).parents[2])
+    subprocess.run([ENV / "bin/python", "-c", script], check=True, timeout=300, env={**os.environ, "PYTHONPATH": root})
