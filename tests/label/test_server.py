@@ -225,7 +225,7 @@ def test_pretraining_on_images_without_labels_gives_other_embeddings(server, nam
 
 def test_a_label_map_of_a_tilted_gantry_keeps_its_sheared_affine():
     script = """
-import types
+import os, types
 import nibabel, numpy, torch
 from monai.data import MetaTensor
 from biovfm_monai.label.infer import SegmentationInfer
@@ -236,6 +236,7 @@ path, _ = SegmentationInfer.writer(task, {"pred": label, "image_path": "a.nii.gz
 written = nibabel.load(path)
 numpy.testing.assert_allclose(written.affine, affine, atol=1e-6)
 numpy.testing.assert_array_equal(numpy.asarray(written.dataobj), label.array)
+os.remove(path)
 """
     root = str(Path(__file__).parents[2])
     subprocess.run([ENV / "bin/python", "-c", script], check=True, timeout=300, env={**os.environ, "PYTHONPATH": root})
