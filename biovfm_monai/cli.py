@@ -294,6 +294,24 @@ def plan(
     return report_plans([str(file) for file in config], overrides, processes, memory, rate, price, grid)
 
 
+def report(*runs: str, out: str = "report.html", mlflow: str | None = None) -> str:
+    """Write one page about finished runs that opens anywhere, and its numbers as .csv files beside it.
+
+    Args:
+        *runs: folders in which bundles have run, or folders of those; tables of runs (.csv, .parquet); fits of
+            `biovfm scale fit` (.json).
+        out: .html file to write.
+        mlflow: .db file to write the same numbers to, as MLflow runs.
+    """
+    if not runs:
+        raise InputError("name at least one folder of a run.")
+    from biovfm_monai.evaluation.report import write_report  # noqa: PLC0415
+
+    found = write_report([str(run) for run in runs], str(out), None if mlflow is None else str(mlflow))
+    lines = [f"{run.name}: set aside: {problem}" for run in found for problem in run.problems()]
+    return "\n".join([f"{out}: {len(found)} run(s)", *lines])
+
+
 def bundle(name: str, folder: str) -> str:
     """Copy a shipped bundle to FOLDER/NAME, and the overlays to FOLDER/configs, ready to edit and run.
 
@@ -347,6 +365,7 @@ def main() -> None:
             "info": info,
             "plan": plan,
             "scale": {"fit": scale_cli.fit, "factors": scale_cli.factors, "compare": scale_cli.compare},
+            "report": report,
             "bundle": bundle,
             "label": {"init": label_init},
             "convert": convert,

@@ -58,6 +58,7 @@ def quickstart(folder: str | Path = "biovfm_quickstart", options: dict[str, Any]
         load_datalist(samples, "place_training"),
         load_datalist(samples, "place_test"),
         output_path=root / "eval/knn.json",
+        details_dir=root / "eval",
     ).run()
     return _summary(root, scores, minutes, command)
 

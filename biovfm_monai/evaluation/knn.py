@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import CacheDataset
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
-from biovfm_monai.files import write_json
+from biovfm_monai.evaluation.embed import RawPixels, embed, preprocessing_of, transform_of
+from biovfm_monai.files import write_atomically, write_json
 from biovfm_monai.networks import Embedder, ViT
+from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy", "knn_votes"]
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.07
 _BATCH, _BLOCK = 64, 4096
+_PICTURED, _NEIGHBOURS = 8, 5
 
 
 def knn_accuracy(
@@ -44,9 +47,13 @@ def knn_accuracy(
     Raises:
         InputError: when there are fewer training images than k.
     """
+    return float(np.mean(_classify(train, train_labels, test, k) == np.asarray(test_labels)))
+
+
+def _classify(train: np.ndarray, train_labels: Sequence[Any], test: np.ndarray, k: int) -> np.ndarray:
+    """The class with most votes, for each test image."""
     classes, truth = np.unique(train_labels, return_inverse=True)
-    votes = knn_votes(train, np.eye(len(classes))[truth], test, [k])[k]
-    return float(np.mean(classes[votes.argmax(1)] == np.asarray(test_labels)))
+    return np.asarray(classes[knn_votes(train, np.eye(len(classes))[truth], test, [k])[k].argmax(1)])
 
 
 def knn_votes(train: np.ndarray, classes: np.ndarray, test: np.ndarray, ks: Sequence[int]) -> dict[int, np.ndarray]:
@@ -71,8 +78,7 @@ def knn_votes(train: np.ndarray, classes: np.ndarray, test: np.ndarray, ks: Sequ
             f"kNN with k {most} needs at least as many training images, got {len(train)}. "
             "Give a smaller one (--probe#k)."
         )
-    prepare = make_pipeline(StandardScaler(), Normalizer()).fit(train)
-    search = NearestNeighbors(n_neighbors=most, algorithm="brute").fit(prepare.transform(train))
+    prepare, search = _search(train, most)
     votes: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for block in np.array_split(test, max(1, -(-len(test) // _BLOCK))):
         distance, neighbours = search.kneighbors(prepare.transform(block))
@@ -83,6 +89,12 @@ def knn_votes(train: np.ndarray, classes: np.ndarray, test: np.ndarray, ks: Sequ
             # Rounding may not make a share more than all.
             found[-1] = np.minimum(found[-1] / weight[:, :k].sum(1, keepdims=True), 1)
     return {k: np.concatenate(found) for k, found in votes.items()}
+
+
+def _search(train: np.ndarray, k: int) -> tuple[Pipeline, NearestNeighbors]:
+    """What prepares features, and what finds the k training images whose prepared ones are nearest."""
+    prepare = make_pipeline(StandardScaler(), Normalizer()).fit(train)
+    return prepare, NearestNeighbors(n_neighbors=k, algorithm="brute").fit(prepare.transform(train))
 
 
 class KNNAccuracy:
@@ -124,6 +136,9 @@ class KNNProbe:
         k: neighbours.
         seed: of the untrained network's weights.
         output_path: JSON file for the scores; None for no file.
+        details_dir: folder for what `biovfm report` shows of the encoder: "embeddings", "labels" and "predicted"
+            classes of the test images in `knn_images.npz`, and some of these images beside the training images nearest
+            to them in `neighbours.png`, by number and class; None for no files.
 
     Raises:
         InputError: when an item has no label.
@@ -138,11 +153,13 @@ class KNNProbe:
         k: int = 20,
         seed: int = 0,
         output_path: str | Path | None = None,
+        details_dir: str | Path | None = None,
     ) -> None:
         self.labels = [_labels(train), _labels(test)]
         self.encoder_path = Path(encoder_path)
         self.train, self.test = train, test
         self.device, self.k, self.seed, self.output_path = device, k, seed, output_path
+        self.details_dir = None if details_dir is None else Path(details_dir)
 
     def run(self) -> dict[str, Any]:
         """Accuracies of "encoder", "random_init" and "raw_pixels", "chance", and how many images and classes."""
@@ -160,7 +177,10 @@ class KNNProbe:
         batch_size = _batch_size(images)
         for name, network in contenders.items():
             train, test = (embed(network, dataset, self.device, batch_size) for dataset in images)
-            scores[name] = knn_accuracy(train, self.labels[0], test, self.labels[1], self.k)
+            predicted = _classify(train, self.labels[0], test, self.k)
+            scores[name] = float(np.mean(predicted == np.asarray(self.labels[1])))
+            if name == "encoder" and self.details_dir is not None:
+                self._write_details(self.details_dir, train, test, predicted, images)
         counts = np.unique(self.labels[1], return_counts=True)[1]
         scores |= {
             "chance": float(counts.max() / counts.sum()),
@@ -171,6 +191,29 @@ class KNNProbe:
         if self.output_path is not None:
             write_json(self.output_path, scores)
         return scores
+
+    def _write_details(
+        self, folder: Path, train: np.ndarray, test: np.ndarray, predicted: np.ndarray, images: Sequence[CacheDataset]
+    ) -> None:
+        with write_atomically(folder / "knn_images.npz") as draft, draft.open("wb") as file:
+            np.savez(file, embeddings=test, labels=np.array(self.labels[1], str), predicted=predicted.astype(str))
+        asked = np.unique(np.linspace(0, len(test) - 1, min(_PICTURED, len(test))).round().astype(int))
+        prepare, search = _search(train, min(_NEIGHBOURS, len(train)))
+        rows = [
+            [self._pictured(images, 1, number), *(self._pictured(images, 0, int(near)) for near in nearest)]
+            for number, nearest in zip(
+                asked.tolist(), search.kneighbors(prepare.transform(test[asked]), return_distance=False), strict=True
+            )
+        ]
+        with write_atomically(folder / "neighbours.png") as draft:
+            Image.fromarray(draw_sheet(rows, width=128)).save(draft, format="PNG")
+
+    def _pictured(self, images: Sequence[CacheDataset], part: int, number: int) -> tuple[str, np.ndarray]:
+        """An image in the values that people see, below its number and class."""
+        image, known = torch.as_tensor(images[part][number]["image"]), preprocessing_of(self.encoder_path)
+        image = image if image.ndim == 4 else image[:, None]
+        mean, std = (torch.as_tensor(known[name], dtype=image.dtype).view(-1, 1, 1, 1) for name in ("mean", "std"))
+        return f"{('train', 'test')[part]} {number}: {self.labels[part][number]}", middle_slice(image * std + mean)
 
 
 def _labels(items: Sequence[Mapping[str, Any]]) -> list[Any]:
