@@ -1,0 +1,5 @@
+"""`python -m biovfm_monai.cli`."""
+
+from biovfm_monai.cli import main
+
+main()

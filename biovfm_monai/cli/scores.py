@@ -1,0 +1,64 @@
+"""What encoders are worth, and what runs found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from biovfm_monai.errors import InputError
+
+__all__ = ["probe", "report"]
+
+
+def probe(
+    benchmark: str,
+    encoder: str,
+    out: str = "probe.json",
+    task: str | None = None,
+    modality: str | None = None,
+    probes: Any = ("knn", "linear", "logistic"),
+    img_size: Any = None,
+    cache: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 1,
+    seed: int = 0,
+) -> str:
+    """Score an encoder file on a labelled benchmark, beside the same network untrained, and raw pixels.
+
+    Args:
+        benchmark: an archive of MedMNIST, or a folder with a datalist of training, validation and test.
+        encoder: encoder file.
+        out: .json file to write.
+        task: of a folder, such as ordinal-regression, where labels do not tell.
+        modality: of a folder's images, where neither a header nor a folder's name tells it.
+        probes: of knn, linear and logistic.
+        img_size: to which images are fitted, such as [224,224]; without it the encoder's own.
+        cache: folder where features are kept.
+        device: such as cuda.
+        batch_size: images that are embedded at a time; more than one only where all come in one size.
+        seed: of the untrained weights, the linear probe and the intervals.
+    """
+    from biovfm_monai.evaluation import Probe, probe_listing  # noqa: PLC0415
+    from biovfm_monai.evaluation.benchmarks import dataset, medmnist  # noqa: PLC0415
+
+    path, names = str(benchmark), [probes] if isinstance(probes, str) else list(probes)
+    data = medmnist(path) if path.endswith(".npz") else dataset(path, task, modality)
+    run = Probe(encoder, data, names, img_size, cache, device, batch_size, seed=seed, output_path=out)
+    return probe_listing(run.run())
+
+
+def report(*runs: str, out: str = "report.html", mlflow: str | None = None) -> str:
+    """Write one page about finished runs that opens anywhere, and its numbers as .csv files beside it.
+
+    Args:
+        *runs: folders in which bundles have run, or folders of those; tables of runs (.csv, .parquet); fits of
+            `biovfm scale fit` (.json).
+        out: .html file to write.
+        mlflow: .db file to write the same numbers to, as MLflow runs.
+    """
+    if not runs:
+        raise InputError("name at least one folder of a run.")
+    from biovfm_monai.evaluation.report import write_report  # noqa: PLC0415
+
+    found = write_report([str(run) for run in runs], str(out), None if mlflow is None else str(mlflow))
+    lines = [f"{run.name}: set aside: {problem}" for run in found for problem in run.problems()]
+    return "\n".join([f"{out}: {len(found)} run(s)", *lines])
