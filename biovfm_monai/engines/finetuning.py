@@ -46,8 +46,8 @@ class FreezeHandler:
     """Keep an encoder as it is for the first epochs, so that a fresh head does not spoil it.
 
     Args:
-        encoder: gets no gradients meanwhile.
-        epochs: how many; those of the whole run for a frozen encoder.
+        encoder: what is trained of it gets no gradients meanwhile.
+        epochs: how many; those of the whole run for a frozen encoder. With 0 nothing is changed.
 
     Raises:
         InputError: when epochs is negative, or, as the run starts, it is above 0 with several processes, which wait for
@@ -56,16 +56,19 @@ class FreezeHandler:
 
     def __init__(self, encoder: nn.Module, epochs: int) -> None:
         require_within(0, whole=True, epochs=epochs)
-        self.encoder, self.epochs = encoder, epochs
+        self.trained, self.epochs = [p for p in encoder.parameters() if p.requires_grad], epochs
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._freeze)
 
     def _freeze(self, engine: Engine) -> None:
-        if self.epochs and isinstance(engine.network, DistributedDataParallel):
+        if not self.epochs:
+            return
+        if isinstance(engine.network, DistributedDataParallel):
             raise InputError("several processes cannot freeze an encoder. Train with one, or --frozen_epochs 0.")
-        self.encoder.requires_grad_(int(engine.state.epoch) > self.epochs)
+        for parameter in self.trained:
+            parameter.requires_grad_(int(engine.state.epoch) > self.epochs)
 
 
 class AnisotropyInferer(Inferer):

@@ -1,6 +1,7 @@
 """Image to tokens, to labels of voxels and of images: plain single-device modules."""
 
 from biovfm_monai.anisotropy import anisotropy_of, draw_anisotropy, spacing_of
+from biovfm_monai.networks.adapters import with_adapters
 from biovfm_monai.networks.adaptive import (
     AdaptiveConv3d,
     AdaptiveConvBlock,
@@ -44,5 +45,5 @@ __all__ = [
     "encode_together", "halved", "interpolate_grid", "patchify", "pending", "random_mask", "rotary_angles",
     "rotate", "sincos_positions", "spacing_of", "spad_vit_base", "spad_vit_huge", "spad_vit_large",
     "spad_vit_small", "spad_vit_tiny", "take_tokens", "unpatchify", "vit_base", "vit_huge", "vit_large",
-    "vit_small", "vit_tiny",
+    "vit_small", "vit_tiny", "with_adapters",
 ]  # fmt: skip

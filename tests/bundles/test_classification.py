@@ -38,6 +38,7 @@ def bundle(request):
 
 def test_the_network_that_is_trained_is_the_one_that_is_evaluated_and_used(bundle):
     train, *others = (read(bundle, verb) for verb in KINDS)
+    train["network_def"]["encoder"] = train["network_def"]["encoder"]["encoder"]
     same = {
         "modality", "in_channels", "img_size", "patch_size", "classes", "task", "spacing", "presets", "mean", "std",
         "encoder_path", "encoder", "network_def", "label_column", "subject_column",

@@ -266,6 +266,9 @@ def test_the_network_that_is_trained_is_the_one_that_is_evaluated_and_used(segme
     train, *others = (
         json.loads((segmentation / f"configs/{verb}.json").read_text()) for verb in ("train", "evaluate", "inference")
     )
+    # Adapters are part of the training alone: weights have the names of a plain network.
+    assert train["network_def"]["encoder"]["_target_"] == "biovfm_monai.networks.with_adapters"
+    train["network_def"]["encoder"] = train["network_def"]["encoder"]["encoder"]
     same = (NETWORK | {"mean", "std", "flips", "encoder_path", "encoder", "network_def"}) & train.keys()
     for other in others:
         assert {key: other[key] for key in same} == {key: train[key] for key in same}

@@ -238,9 +238,12 @@ def test_a_pretrained_encoder_is_what_training_begins_with_and_stays_so_while_fr
     assert all(torch.equal(state[f"encoder.{name}"], value) for name, value in encoder.items())
     run(root, "evaluate", dataset_dir=str(subjects), encoder_path=str(encoder_path), flips=[4])
     assert "weights do not fit" in refusal(root, "evaluate", dataset_dir=str(subjects))
-    run(root, "train", **options)
+    run(root, "train", adapter_rank=2, **options)
     state = torch.load(root / "models/model.pt", weights_only=True)["model"]
-    assert any(not torch.equal(state[f"encoder.{name}"], value) for name, value in encoder.items())
+    changed = {name for name, value in encoder.items() if not torch.equal(state[f"encoder.{name}"], value)}
+    assert changed
+    assert all(name.endswith((".qkv.weight", ".proj.weight")) and ".attn." in name for name in changed)
+    run(root, "evaluate", dataset_dir=str(subjects), encoder_path=str(encoder_path))
 
 
 def test_overrides_as_monai_label_makes_them_go_on_from_the_weights(trained, subjects, tmp_path):

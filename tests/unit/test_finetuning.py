@@ -1,5 +1,7 @@
 """What fine-tuning adds to MONAI's trainer: schedules with layer-wise decay, a frozen encoder, flips."""
 
+import copy
+
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -16,7 +18,7 @@ from biovfm_monai.engines import (
     parameter_groups,
 )
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import Segmenter, spad_vit_tiny
+from biovfm_monai.networks import Segmenter, spad_vit_tiny, with_adapters
 
 
 def network():
@@ -49,6 +51,43 @@ def test_a_schedule_sets_each_groups_rate_by_its_layer():
     assert max(seen[0]) == pytest.approx(1e-3 * (0.5 / 6) / 0.5)
     assert sorted(set(seen[2])) == pytest.approx([max(seen[2]) * 0.5**n for n in (3, 2, 1, 0)])
     assert max(seen[-1]) < max(seen[2])
+
+
+def test_adapters_change_nothing_at_first_and_are_all_that_is_trained_of_an_encoder():
+    module = network()
+    image, before = torch.randn(1, 1, 8, 8, 8), copy.deepcopy(module).eval()
+    with_adapters(module.encoder, rank=4)
+    torch.testing.assert_close(module.eval()(image), before(image))
+    trained = {name for name, p in module.named_parameters() if p.requires_grad and name.startswith("encoder")}
+    assert trained == {
+        f"encoder.blocks.{n}.attn.{layer}.parametrizations.weight.0.{part}"
+        for n in (0, 1) for layer in ("qkv", "proj") for part in ("down", "up")
+    }  # fmt: skip
+    assert sum(p.numel() for name, p in module.named_parameters() if name in trained) == 2 * 4 * (48 + 144 + 48 + 48)
+    train(module, torch.optim.SGD(parameter_groups(module), lr=0.1), [FreezeHandler(module.encoder, 1)])
+    after = module.state_dict()
+    changed = {name for name, x in before.state_dict().items() if not torch.equal(x, after[name])}
+    assert {name for name in changed if name.startswith("encoder")} == {
+        f"encoder.blocks.{n}.attn.{layer}.weight" for n in (0, 1) for layer in ("qkv", "proj")
+    }
+
+
+def test_weights_with_adapters_are_those_of_a_plain_network_and_go_back_into_one_with_adapters(tmp_path):
+    module, image = network(), torch.randn(1, 1, 8, 8, 8)
+    with_adapters(module.encoder, rank=2)
+    train(module, torch.optim.SGD(parameter_groups(module), lr=0.5), [])
+    torch.save({"model": module.state_dict()}, tmp_path / "model.pt")
+    for rank in (0, 2):
+        other = network()
+        with_adapters(other.encoder, rank)
+        load_model(other, tmp_path / "model.pt")
+        torch.testing.assert_close(other.eval()(image), module.eval()(image))
+
+
+@pytest.mark.parametrize("rank", [-1, 49, 1.5])
+def test_a_rank_that_an_encoder_cannot_have_is_refused(rank):
+    with pytest.raises(InputError, match="rank"):
+        with_adapters(network().encoder, rank)
 
 
 @pytest.mark.parametrize(("frozen", "moves"), [(0, True), (2, True), (3, False)])
