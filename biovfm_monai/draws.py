@@ -32,6 +32,7 @@ class Use(IntEnum):
     SLICE = 10
     SHARE = 11
     DIRECTION = 12
+    PROBE = 13
 
 
 def random_keys(count: int, device: torch.device | str = "cpu") -> Tensor:

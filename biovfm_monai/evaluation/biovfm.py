@@ -70,7 +70,7 @@ def biovfm_views(images: np.ndarray, keys: Tensor) -> np.ndarray:
         images: uint8, B x H x W (x 3).
         keys: int64, one per image, of which the draws are a function.
     """
-    drawn = uniform(keys, 3, Use.VIEW).numpy()
+    drawn = uniform(keys, 3, Use.PROBE).numpy()
     views = np.empty_like(images)
     for number, (image, (turn, down, right)) in enumerate(zip(images, drawn, strict=True)):
         turned = np.asarray(Image.fromarray(image).rotate(float(2 * turn - 1) * _DEGREES, Image.Resampling.NEAREST))

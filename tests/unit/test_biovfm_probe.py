@@ -44,7 +44,7 @@ def transcribed(network, images, labels, task, epochs):
         return torch.nn.functional.layer_norm(tokens.pop()[:, 1:].mean(1), (24,), eps=1e-6)
 
     def augmented(number, epoch):
-        turn, down, right = uniform(forked(torch.tensor([number + 42]), epoch), 3, Use.VIEW)[0].tolist()
+        turn, down, right = uniform(forked(torch.tensor([number + 42]), epoch), 3, Use.PROBE)[0].tolist()
         picture = Image.fromarray(images[0][number]).rotate(60 * turn - 30)
         padded = ImageOps.expand(picture, 4)
         left, top = int(9 * right), int(9 * down)

@@ -119,14 +119,15 @@ def test_methods_are_compared_at_equal_cost_by_their_laws(rng):
 
 
 def test_the_commands_print_and_write_what_they_find(tmp_path, monkeypatch, capsys):
-    table = f"{RESULTS}/biovfm_published.csv --x encoder_parameters --y auc"
+    table = [f"{RESULTS}/biovfm_published.csv", *["--x", "encoder_parameters", "--y", "auc"]]
     monkeypatch.setattr("sys.excepthook", None)
-    properties = f"--properties {RESULTS}/biovfm_tasks.csv"
-    monkeypatch.setattr("sys.argv", f"biovfm scale factors {table} {properties} --out {tmp_path}/f.csv".split())
+    options = ["--properties", f"{RESULTS}/biovfm_tasks.csv", "--out", f"{tmp_path}/f.csv"]
+    monkeypatch.setattr("sys.argv", ["biovfm", "scale", "factors", *table, *options])
     cli.main()
     assert "Left out, for want of properties: mean" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "f.csv")) == 4
-    monkeypatch.setattr("sys.argv", f"biovfm scale compare {table} --at 20,80 --out {tmp_path}/c.json".split())
+    options = ["--at", "20,80", "--out", f"{tmp_path}/c.json"]
+    monkeypatch.setattr("sys.argv", ["biovfm", "scale", "compare", *table, *options])
     cli.main()
     assert "DINOv2 - MAE: " in capsys.readouterr().out
     written = json.loads((tmp_path / "c.json").read_text())
