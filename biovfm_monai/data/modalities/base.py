@@ -55,7 +55,8 @@ class SlicesFirstd(MapTransform):
             image: MetaTensor = sample[key]
             if image.ndim == 3:
                 affine = image.affine[:, [2, 1, 0, 3]]
-                sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], affine=affine, meta=image.meta)
+                about = {name: value for name, value in image.meta.items() if name != "affine"}
+                sample[key] = MetaTensor(image.as_tensor().transpose(1, 2)[:, None], affine=affine, meta=about)
                 continue
             image = Orientation(
                 axcodes=_VIEWS[self._slice_direction(image)], labels=(("L", "R"), ("P", "A"), ("I", "S"))
