@@ -14,15 +14,14 @@ from biovfm_monai.data.class_labels import indicators, listed, require_classes
 from biovfm_monai.data.datalist import DATALIST, read_datalist
 from biovfm_monai.data.find import find_images, require_modality
 from biovfm_monai.data.headers import ARRAYS, readable, suffix
-from biovfm_monai.data.mixture import Labels, subset
 from biovfm_monai.data.store import Store, is_store
+from biovfm_monai.data.subjects import few_subjects, share_out
 from biovfm_monai.errors import InputError
 
 __all__ = ["load_classification"]
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("training", "training", "training", "validation", "test")
 _KEPT = ("image", "modality", "prepared", "label")
 
 
@@ -69,8 +68,8 @@ def load_classification(
         return _chosen(folder, found, sections, section, ("image", "modality", "prepared"))
     sections = {name: _encoded(folder, items, classes, task) for name, items in sections.items()}
     if "validation" not in sections and not is_store(folder):
-        sections = _shared_out(folder, sections.get("training", []))
-    items = _few(sections.get(section, []), fraction)
+        sections = share_out(folder, sections.get("training", []), _class_of)
+    items = few_subjects(sections.get(section, []), fraction, _class_of)
     _require_all_classes(folder, items, classes, task, section)
     return _chosen(folder, items, sections, section, _KEPT)
 
@@ -163,39 +162,8 @@ def _encoded(folder: Path, items: Sequence[dict[str, Any]], classes: Sequence[st
     return done
 
 
-def _shared_out(folder: Path, items: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Three, one and one of every five subjects of a class; a subject belongs to the class of its first image."""
-    kinds = _kinds(items)
-    if 0 < len(kinds) < len(_PARTS):
-        raise InputError(
-            f"{folder}: {len(kinds)} labelled subject(s) are too few to share out, {len(_PARTS)} are needed. Write a "
-            f'{DATALIST} with "training", "validation" and "test".'
-        )
-    part, counts = {}, dict.fromkeys(kinds.values(), 0)
-    for subject, kind in sorted(kinds.items()):
-        part[subject] = _PARTS[counts[kind] % len(_PARTS)]
-        counts[kind] += 1
-    return {name: [item for item in items if part[_subject(item)] == name] for name in dict.fromkeys(_PARTS)}
-
-
-def _few(items: Sequence[dict[str, Any]], fraction: float) -> list[dict[str, Any]]:
-    kinds = _kinds(items)
-    subjects = sorted(kinds)
-    kept = subset(Labels.of([kinds[subject] for subject in subjects]), fraction)
-    chosen = {subject for subject, keep in zip(subjects, kept.tolist(), strict=True) if keep}
-    return [item for item in items if _subject(item) in chosen]
-
-
-def _kinds(items: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The labels of each subject's first image, as text."""
-    kinds: dict[str, str] = {}
-    for item in items:
-        kinds.setdefault(_subject(item), str(item["label"]))
-    return kinds
-
-
-def _subject(item: Mapping[str, Any]) -> str:
-    return str(item.get("subject") or item["image"])
+def _class_of(item: Mapping[str, Any]) -> str:
+    return str(item["label"])
 
 
 def _require_all_classes(

@@ -5,22 +5,18 @@ The folder layout with a dataset.json is the Medical Segmentation Decathlon's (h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from biovfm_monai.data.datalist import DATALIST, load_datalist, read_datalist
 from biovfm_monai.data.headers import suffix
-from biovfm_monai.data.mixture import Labels, subset
+from biovfm_monai.data.subjects import few_subjects, share_out
 from biovfm_monai.errors import InputError
 
 __all__ = ["load_segmentation"]
 
 _MSD = "dataset.json"
 _FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
-_PARTS = ("training", "training", "training", "validation", "test")
 
 
 def load_segmentation(
@@ -63,10 +59,7 @@ def load_segmentation(
             raise InputError(
                 f"{item['image']}: its label map is {item.get('label')!r}, and that is no file. Correct the datalist."
             )
-    subjects = sorted({_subject(item) for item in items})
-    kept = subset(Labels(np.zeros(len(subjects), dtype=np.int8), ["all"]), fraction)
-    chosen = {subject for subject, keep in zip(subjects, kept.tolist(), strict=True) if keep}
-    return [item for item in items if _subject(item) in chosen]
+    return few_subjects(items, fraction)
 
 
 def _sections(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
@@ -81,7 +74,7 @@ def _sections(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
         if not items:
             return None
         sections, whole = {"training": items}, False
-    return sections if whole else _shared_out(folder, sections.get("training", []))
+    return sections if whole else share_out(folder, sections.get("training", []))
 
 
 def _pairs(images: Path, labels: Path) -> list[dict[str, Any]]:
@@ -116,18 +109,3 @@ def _with_label(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(label, list):
         return {**item, "label": [str(folder / path) for path in label]}
     return {**item, "label": str(folder / label)} if isinstance(label, str) else item
-
-
-def _shared_out(folder: Path, items: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    subjects = sorted({_subject(item) for item in items})
-    if len(subjects) < len(_PARTS):
-        raise InputError(
-            f"{folder}: {len(subjects)} labelled subject(s) are too few to share out, {len(_PARTS)} are needed. Write "
-            f'a {DATALIST} with "training", "validation" and "test".'
-        )
-    part = {subject: _PARTS[number % len(_PARTS)] for number, subject in enumerate(subjects)}
-    return {name: [item for item in items if part[_subject(item)] == name] for name in dict.fromkeys(_PARTS)}
-
-
-def _subject(item: Mapping[str, Any]) -> str:
-    return str(item.get("subject") or item["image"])
