@@ -5,18 +5,12 @@ The template: https://doi.org/10.1016/j.neuroimage.2010.07.033.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from biovfm_monai import distributed
-from biovfm_monai.data.datalist import DATALIST
-from biovfm_monai.data.samples import brain_box, sample_datalist
-from biovfm_monai.errors import InputError
+from biovfm_monai.data.samples import brain_box, lay_out, sample_datalist
 
 __all__ = ["TISSUES", "write_brain"]
 
@@ -40,23 +34,10 @@ def write_brain(folder: str | Path) -> str:
     Raises:
         InputError: when the folder holds something else.
     """
-    folder = Path(folder)
-    if distributed.is_main() and not (folder / DATALIST).is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder}: holds files but no {DATALIST}. Give your images as --dataset_dir, or move them away."
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-            new = Path(name) / folder.name
-            new.mkdir()
-            _write(new)
-            os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
-    distributed.barrier()
-    return str(folder)
+    return lay_out(Path(folder), _slabs)
 
 
-def _write(folder: Path) -> None:
+def _slabs(folder: Path) -> dict[str, list[dict[str, str]]]:
     brain = sample_datalist()[0]
     image, grey, white = (nib.load(path) for path in (brain["image"], *brain["label"]))
     first, second = (np.asarray(tissue.dataobj).astype(np.int32) for tissue in (grey, white))
@@ -71,4 +52,4 @@ def _write(folder: Path) -> None:
         nib.save(image.slicer[place], folder / item["image"])
         nib.save(label.slicer[place], folder / item["label"])
         sections[part].append({**item, "modality": "mri", "subject": f"mni152 slab {number}"})
-    (folder / DATALIST).write_text(json.dumps(sections, indent=1), encoding="utf-8")
+    return sections

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,33 +91,49 @@ def write_samples(folder: str | Path) -> str:
     Raises:
         InputError: when the folder holds something else.
     """
-    folder = Path(folder)
+    return lay_out(Path(folder), _sections)
+
+
+def lay_out(folder: Path, write: Callable[[Path], Mapping[str, Any]]) -> str:
+    """Make a dataset folder in one step; one that has a datalist.json is left as it is.
+
+    Of several processes only the main one writes, and the others wait for it.
+
+    Args:
+        folder: to make.
+        write: puts images into an empty folder, and returns the sections of its datalist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: when the folder holds something else.
+    """
     if distributed.is_main() and not (folder / DATALIST).is_file():
-        _write(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder}: holds files but no {DATALIST}. Give your images as --dataset_dir, or move them away."
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+            new = Path(name) / folder.name
+            new.mkdir()
+            (new / DATALIST).write_text(json.dumps(write(new), indent=1), encoding="utf-8")
+            os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
     distributed.barrier()
     return str(folder)
 
 
-def _write(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"{folder}: holds files but no {DATALIST}. Give your images as --dataset_dir, or move them away."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-        new = Path(name) / folder.name
-        new.mkdir()
-        brain, *others = sample_datalist()
-        sections: dict[str, list[dict[str, Any]]] = {"training": _write_slabs(brain, new)}
-        for item in others:
-            copy = new / item["modality"] / Path(item["image"]).name
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(item["image"], copy)
-            sections["training"].append({**item, "image": str(copy.relative_to(new))})
-        sections["mixed"] = [*sections["training"], *_write_volumes(brain, new)]
-        sections |= _write_crops(brain, new)
-        (new / DATALIST).write_text(json.dumps(sections, indent=1), encoding="utf-8")
-        os.replace(new, folder)  # noqa: PTH105 - takes the place of an empty folder in one step
+def _sections(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    brain, *others = sample_datalist()
+    sections: dict[str, list[dict[str, Any]]] = {"training": _write_slabs(brain, folder)}
+    for item in others:
+        copy = folder / item["modality"] / Path(item["image"]).name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(item["image"], copy)
+        sections["training"].append({**item, "image": str(copy.relative_to(folder))})
+    sections["mixed"] = [*sections["training"], *_write_volumes(brain, folder)]
+    return sections | _write_crops(brain, folder)
 
 
 def brain_box(volume: np.ndarray) -> list[slice]:

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from biovfm_monai.draws import Use, forked, uniform
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.evaluation.linear import Chosen
+from biovfm_monai.evaluation.linear import Chosen, probabilities
 from biovfm_monai.evaluation.metrics import TASKS, auc
 from biovfm_monai.networks import ViT
 
@@ -118,40 +117,40 @@ def biovfm_probe(
     """
     require_within(1, whole=True, epochs=epochs)
     require_within(2, whole=True, batch_size=batch_size)
-    for part in images:
-        if part.dtype != np.uint8 or (part.ndim == 4 and part.shape[-1] != encoder.in_channels):
-            raise InputError(
-                f"the BioVFM protocol takes 8-bit images that are grey or have the encoder's {encoder.in_channels} "
-                f"channel(s), got {part.dtype} {part.shape}. Convert them."
-            )
+    _require_readable(images, encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BioVFMHead(encoder, num_classes).to(device)
     truth = [torch.from_numpy(of).to(device).to(torch.float32 if task == TASKS[3] else torch.int64) for of in labels]
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    loss_of = nn.BCEWithLogitsLoss() if task == TASKS[3] else nn.CrossEntropyLoss()
     order, least, best, kept = torch.Generator().manual_seed(seed), float("inf"), 0, model.head.state_dict()
     for epoch in range(epochs):
         model.train()
         for rows in torch.randperm(len(images[0]), generator=order).split(batch_size):
-            if len(rows) == 1:
-                continue
-            views = biovfm_views(images[0][rows.numpy()], forked(rows + seed, epoch))
-            loss = _loss_of(task)(model(prepared(views, encoder.in_channels).to(device)), truth[0][rows.to(device)])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if len(rows) > 1:
+                views = biovfm_views(images[0][rows.numpy()], forked(rows + seed, epoch))
+                loss = loss_of(model(prepared(views, encoder.in_channels).to(device)), truth[0][rows.to(device)])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         schedule.step()
-        found = float(_loss_of(task)(_logits(model, images[1], batch_size, device), truth[1]))
+        found = float(loss_of(_logits(model, images[1], batch_size, device), truth[1]))
         if found < least:
             least, best, kept = found, epoch, copy.deepcopy(model.head.state_dict())
     model.head.load_state_dict(kept)
-    validation, test = (_likely(_logits(model, part, batch_size, device), task) for part in images[1:])
+    validation, test = (probabilities(_logits(model, part, batch_size, device), task) for part in images[1:])
     return Chosen({"protocol": "BioVFM", "epoch": best}, auc(labels[1], validation, task), test)
 
 
-def _loss_of(task: str) -> nn.Module:
-    return nn.BCEWithLogitsLoss() if task == TASKS[3] else nn.CrossEntropyLoss()
+def _require_readable(images: Sequence[np.ndarray], encoder: ViT) -> None:
+    for part in images:
+        if part.dtype != np.uint8 or (part.ndim == 4 and part.shape[-1] != encoder.in_channels):
+            raise InputError(
+                f"the BioVFM protocol takes 8-bit images that are grey or have the encoder's {encoder.in_channels} "
+                f"channel(s), got {part.dtype} {part.shape}. Convert them."
+            )
 
 
 @torch.no_grad()
@@ -160,8 +159,3 @@ def _logits(model: BioVFMHead, images: np.ndarray, batch_size: int, device: torc
     channels = model.encoder.in_channels
     parts = [images[n : n + batch_size] for n in range(0, len(images), batch_size)]
     return torch.cat([model(prepared(part, channels).to(device)) for part in parts])
-
-
-def _likely(logits: Tensor, task: str) -> np.ndarray:
-    logits = logits.double()
-    return (logits.sigmoid() if task == TASKS[3] else F.softmax(logits, -1)).cpu().numpy()

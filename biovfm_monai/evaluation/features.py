@@ -20,6 +20,7 @@ from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import embed
 from biovfm_monai.files import version_of, write_atomically
 from biovfm_monai.networks import ViT
+from biovfm_monai.networks.heads import as_slices
 
 __all__ = ["PooledFeatures", "cached_features", "check_features", "describe_items"]
 
@@ -52,10 +53,8 @@ class PooledFeatures(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map B x C x (D) x H x W to B x features; a pooling's are `features[:, poolings[name]]`."""
-        slices, encoder = 1, self.encoder
-        if encoder.spatial_dims == 2 and image.ndim == 5:
-            slices = image.shape[2]
-            image = image.transpose(1, 2).flatten(0, 1)
+        encoder = self.encoder
+        image, slices = as_slices(image, encoder.spatial_dims)
         x, angles = encoder.embed(encoder.patchify(image))
         tokens, tapped = encoder.encode(x, angles, taps=self.taps)
         patches = tokens[:, encoder.num_prefix_tokens :]

@@ -134,7 +134,7 @@ def linear_probe(
     )  # fmt: skip
     best: Chosen | None = None
     for (pooling, of), (weight, bias) in zip(scaled.items(), trained, strict=True):
-        validation, test = (_probabilities(_logits(part, weight, bias), several) for part in of[1:])
+        validation, test = (probabilities(_logits(part, weight, bias), task) for part in of[1:])
         for number, rate in enumerate(rates):
             score = ranked_auc(labels[1], validation[number], task)
             if best is None or score > best.validation_auc:
@@ -143,9 +143,10 @@ def linear_probe(
     return best
 
 
-def _probabilities(logits: Tensor, several: bool) -> np.ndarray:
+def probabilities(logits: Tensor, task: str) -> np.ndarray:
+    """Of classes, or of findings each on its own, in float64."""
     logits = logits.double()
-    return (logits.sigmoid() if several else logits.softmax(-1)).cpu().numpy()
+    return (logits.sigmoid() if task == TASKS[3] else logits.softmax(-1)).cpu().numpy()
 
 
 def logistic_probe(

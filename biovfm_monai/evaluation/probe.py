@@ -127,7 +127,14 @@ class Probe:
             "encoder": PooledFeatures(load_encoder(self.encoder_path)), "random_init": PooledFeatures(untrained),
             "raw_pixels": pixels,
         }  # fmt: skip
-        scores = {name: self._scored(name, network) for name, network in contenders.items()}
+        with self.encoder_path.open("rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        transform = transform_of(self.encoder_path, self.img_size)
+        data = {part: Dataset(list(self.benchmark.parts[part]), transform) for part in PARTS}
+        scores = {}
+        for name, network in contenders.items():
+            key = {"encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None}
+            scores[name] = self._scored(name, network, data, key)
         result = {"benchmark": self.benchmark.about(), "encoder": str(self.encoder_path), "scores": scores}
         for warning in self.benchmark.warnings:
             logger.warning("%s", warning)
@@ -135,17 +142,13 @@ class Probe:
             write_json(self.output_path, result)
         return result
 
-    def _scored(self, name: str, network: nn.Module) -> dict[str, Any]:
-        transform, parts = transform_of(self.encoder_path, self.img_size), []
-        weights = hashlib.sha256(self.encoder_path.read_bytes()).hexdigest()
-        for part in PARTS:
-            items = self.benchmark.parts[part]
-            key = {
-                "encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None,
-                "data": describe_items(items), "img_size": None if self.img_size is None else list(self.img_size),
-            }  # fmt: skip
-            images = Dataset(list(items), transform)
-            parts.append(cached_features(network, images, key, self.cache_dir, self.device, self.batch_size))
+    def _scored(
+        self, name: str, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        size, parts = None if self.img_size is None else list(self.img_size), []
+        for part, images in data.items():
+            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
+            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
         poolings = getattr(network, "poolings", {"pixels": slice(None)})
         features = {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
         benchmark, found = self.benchmark, {}

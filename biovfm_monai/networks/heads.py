@@ -12,6 +12,16 @@ from biovfm_monai.networks.vit import ViT
 __all__ = ["AttentivePool", "ClassToken", "Classifier", "Embedder", "MaxPatches", "MeanPatches", "pool"]
 
 
+def as_slices(image: Tensor, spatial_dims: int) -> tuple[Tensor, int]:
+    """What an encoder reads at once, and of how many slices an image is: all of a volume for an encoder of volumes.
+
+    For one of 2D images B x C x D x H x W becomes (B D) x C x H x W.
+    """
+    if spatial_dims == 2 and image.ndim == 5:
+        return image.transpose(1, 2).flatten(0, 1), image.shape[2]
+    return image, 1
+
+
 def pool(tokens: Tensor, encoder: ViT) -> Tensor:
     """One vector per image, B x embed_dim, of its B x (prefix + L) x embed_dim tokens, by an encoder's global_pool."""
     return _POOLS[encoder.global_pool]()(tokens, encoder.num_prefix_tokens)
@@ -93,10 +103,7 @@ class Embedder(nn.Module):
 
     def forward(self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None) -> Tensor:
         """Map B x C x (D) x H x W to B x embed_dim; anisotropy and spacing as in `ViT.patchify`."""
-        slices = 1
-        if self.encoder.spatial_dims == 2 and image.ndim == 5:
-            slices = image.shape[2]
-            image = image.transpose(1, 2).flatten(0, 1)
+        image, slices = as_slices(image, self.encoder.spatial_dims)
         tokens = self.encoder(image, anisotropy, spacing=spacing)
         pooled = pool(tokens, self.encoder)
         return pooled.unflatten(0, (-1, slices)).mean(1)
@@ -127,10 +134,7 @@ class Classifier(nn.Module):
 
     def forward(self, image: Tensor, anisotropy: int | None = None, spacing: list[float] | None = None) -> Tensor:
         """Map B x C x (D) x H x W to B x out_channels; anisotropy and spacing as in `ViT.patchify`."""
-        slices = 1
-        if self.encoder.spatial_dims == 2 and image.ndim == 5:
-            slices = image.shape[2]
-            image = image.transpose(1, 2).flatten(0, 1)
+        image, slices = as_slices(image, self.encoder.spatial_dims)
         tokens = self.encoder(image, anisotropy, spacing=spacing)
         pooled = self.pooling(tokens, self.encoder.num_prefix_tokens)
         return self.head(pooled.unflatten(0, (-1, slices)).mean(1))

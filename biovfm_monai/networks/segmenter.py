@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from biovfm_monai.anisotropy import check_spacing
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.networks.decoders import Decoder, LightDecoder
+from biovfm_monai.networks.heads import as_slices
 from biovfm_monai.networks.vit import ViT
 
 __all__ = ["DeepSupervision", "Segmenter"]
@@ -56,8 +57,7 @@ class Segmenter(nn.Module):
             image, anisotropy, spacing: as in `ViT.patchify`; its size is a multiple of the patch.
         """
         shape = image.shape
-        if self.encoder.spatial_dims == 2 and image.ndim == 5:
-            image = image.transpose(1, 2).flatten(0, 1)
+        image, _ = as_slices(image, self.encoder.spatial_dims)
         logits = self.head(self.maps(image, anisotropy, spacing)[-1])
         size = [1, image.shape[2], image.shape[3]] if image.ndim == 4 else [shape[2], shape[3], shape[4]]
         if logits.shape[2] != size[0] or logits.shape[3] != size[1] or logits.shape[4] != size[2]:
