@@ -1,6 +1,6 @@
 """Classification with all labels: our encoders fine-tuned, beside MONAI's ResNet-18 and ViT from scratch.
 
-    python benchmarks/classification_2d.py --data FOLDER --out FOLDER [--seconds 60] [--pretraining 60] [--seeds 3]
+    python benchmarks/classification_2d.py --data FOLDER --out FOLDER [--seconds 60] [--pretraining 200] [--seeds 3]
 
 DATA holds bloodmnist.npz, organamnist.npz, breastmnist.npz (https://medmnist.com, 28 x 28 pixels) and a folder per
 class of chest radiographs in pneumonia/ (https://doi.org/10.17632/rscbjbr9sj; brought to 64 x 64 pixels, and split here
@@ -14,15 +14,12 @@ end: OUT/table.md.
 
 from __future__ import annotations
 
-import argparse
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from monai.networks.nets import ViT, resnet18
 from monai.utils import set_determinism
@@ -38,20 +35,21 @@ from quality_2d import (
     images_of,
     packed,
     pretrained,
-    run_all,
     untrained,
 )
+from runs import Shown, comparison_arguments, run_all, write_comparison
 from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import Tensor, nn
+from torch.nn import functional
+from training import fine_tune
 
 from biovfm_monai.checkpoints import encoder_to_finetune, save_encoder
 from biovfm_monai.data import Policy, RandomResizedCrop
-from biovfm_monai.engines import WarmupCosine, parameter_groups
 from biovfm_monai.networks import Classifier
 
 TASKS["breastmnist"], TASKS["pneumonia"] = TASKS["organamnist"], Task(1, 64, 8, 32)
 RATES, BATCH, METHOD, METHOD_RATE = (0.0003, 0.001, 0.003), 128, "VICReg", 0.002
-SCORES = ("auc", "accuracy")
+SCORES = {"auc": Shown("AUC (%)", 100, 2), "accuracy": Shown("accuracy (%)", 100, 2)}
 KEY = ("task", "network", "seed", "rate", "seconds")
 
 
@@ -95,24 +93,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def fit(network: nn.Module, images: Tensor, classes: Tensor, rate: float, decay: float, seconds: float) -> int:
-    """Train for so many seconds of one core; the number of steps."""
-    network.train()
+def batches(images: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of images and their classes, without end."""
     views = RandomResizedCrop(images.shape[-2:], scale=(0.6, 1.0), policy=Policy(flip=0.0), mean=0.0, std=1.0)
-    optimizer = torch.optim.AdamW(parameter_groups(network, layer_decay=decay), lr=rate, weight_decay=0.05)
-    schedule, begun, steps = WarmupCosine(peak=rate), time.process_time(), 0
-    while (progress := (time.process_time() - begun) / seconds) < 1:
+    while True:
         rows = torch.randint(len(images), (BATCH,))
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(progress) * group.get("lr_scale", 1.0)
-        optimizer.zero_grad()
         chosen = images[rows][:, :, None]
-        shown = views.apply(chosen, views.draw(chosen))
-        nn.functional.cross_entropy(network(shown.flatten(2, -3)), classes[rows]).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        steps += 1
-    return steps
+        yield views.apply(chosen, views.draw(chosen)).flatten(2, -3), classes[rows]
 
 
 def row_of(
@@ -129,7 +116,8 @@ def row_of(
     about = {"task": task, "network": network, "seed": seed, "rate": rate, "seconds": seconds}
     about["parameters"] = sum(p.numel() for p in model.parameters())
     classes = torch.from_numpy(np.searchsorted(names, labels))
-    about["steps"] = fit(model, images, classes, rate, 0.75 if starts_from else 1.0, seconds)
+    decay = 0.75 if starts_from else 1.0
+    about["steps"] = fine_tune(model, batches(images, classes), functional.cross_entropy, rate, decay, seconds)
     judged, truth = images_of(store, "validation" if seed == SELECTION_SEED else "test")
     chances = torch.from_numpy(embedded(model.eval(), judged)).softmax(1).numpy()
     two = len(names) == 2
@@ -156,28 +144,9 @@ def encoder_file(task: str, store: Path, out: Path, seed: int, seconds: float) -
     return str(path)
 
 
-def write_table(rows: pd.DataFrame, path: Path) -> None:
-    """Mean and standard deviation over seeds, a table per task."""
-    lines = []
-    for task, of in rows.groupby("task", sort=False):
-        lines += ["", f"| {task} | parameters | steps | AUC | accuracy |", "|---|" + "---:|" * 4]
-        for name in NETWORKS:
-            part = of[of.network == name]
-            shown = [f"{100 * part[score].mean():.2f} ± {100 * part[score].std():.2f}" for score in SCORES]
-            lines.append(f"| {name} | {part.parameters.iloc[0]:,} | {part.steps.mean():.0f} | {' | '.join(shown)} |")
-    path.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-
-
 def main() -> None:
     """Choose rates, train and score everything, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--pretraining", type=float, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
+    parser = comparison_arguments(__doc__)
     parser.add_argument("--tasks", nargs="+", default=["bloodmnist", "organamnist", "breastmnist", "pneumonia"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -202,7 +171,7 @@ def main() -> None:
     runs = [{**run, "rate": best[run["task"], run["network"]]} for run in runs]
     print("rates:", best, flush=True)
     rows = run_all(row_of, runs, KEY, arguments.out / "rows.csv", arguments.workers)
-    write_table(rows, arguments.out / "table.md")
+    write_comparison(dict(iter(rows.groupby("task", sort=False))), list(NETWORKS), SCORES, arguments.out / "table.md")
 
 
 if __name__ == "__main__":

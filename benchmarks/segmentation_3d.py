@@ -15,8 +15,6 @@ run is a row of OUT/rows.csv; what stands there is not run again. At the end: OU
 
 from __future__ import annotations
 
-import argparse
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -24,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from monai.data import CacheDataset
 from monai.inferers import SlidingWindowInferer
@@ -45,13 +42,13 @@ from monai.transforms import (
 )
 from monai.utils import set_determinism
 from quality_3d import ENCODER, PATCH, images_of, pretrained
-from runs import run_all
+from runs import Shown, comparison_arguments, run_all, write_comparison
 from torch import Tensor, nn
+from training import fine_tune
 
 from biovfm_monai.checkpoints import encoder_to_finetune, save_encoder
 from biovfm_monai.data.modalities import mri
 from biovfm_monai.data.modalities.base import SlicesFirstd
-from biovfm_monai.engines import WarmupCosine, parameter_groups
 from biovfm_monai.networks import Segmenter, spad_vit_tiny
 
 CLASSES, CROP, BATCH = 3, (32, 64, 32), 2
@@ -60,6 +57,13 @@ TRAINING, CHOOSING = 112, 16
 SHARES = (1.0, 0.25, 0.05)
 KEY = ("network", "share", "seed", "rate", "seconds")
 BOTH = ("image", "label")
+SCORES = {
+    "dice_anterior": Shown("Dice, anterior", 1, 3),
+    "dice_posterior": Shown("posterior", 1, 3),
+    "hd95_anterior": Shown("HD95, anterior (mm)", 1, 2),
+    "hd95_posterior": Shown("posterior (mm)", 1, 2),
+    "not_found": Shown("not found", 1, 0),
+}
 
 
 def ours(encoder_path: str | None = None) -> Segmenter:
@@ -94,8 +98,8 @@ def volumes(folder: Path) -> list[dict[str, Any]]:
     return list(CacheDataset(items, transform, num_workers=1, progress=False))
 
 
-def batches(items: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Tensor]]:
-    """Crops, changed, without end."""
+def batches(items: list[dict[str, Any]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Crops of images and of label maps, changed, without end."""
     change = Compose(
         [
             RandAffined(
@@ -110,27 +114,8 @@ def batches(items: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Tensor
     order = np.random.default_rng(seed)
     while True:
         chosen = [change(items[row]) for row in order.choice(len(items), BATCH, replace=len(items) < BATCH)]
-        yield {key: torch.stack([sample[key].as_tensor() for sample in chosen]) for key in BOTH}
-
-
-def fit(network: nn.Module, items: list[dict[str, Any]], rate: float, decay: float, seed: int, seconds: float) -> int:
-    """Train for so many seconds of one core; the number of steps."""
-    network.train()
-    loss_of = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
-    optimizer = torch.optim.AdamW(parameter_groups(network, layer_decay=decay), lr=rate, weight_decay=0.05)
-    schedule, begun, steps = WarmupCosine(peak=rate), time.process_time(), 0
-    for batch in batches(items, seed):
-        progress = (time.process_time() - begun) / seconds
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(progress) * group.get("lr_scale", 1.0)
-        optimizer.zero_grad()
-        loss_of(network(batch["image"]), batch["label"]).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        steps += 1
-    return steps
+        image, label = (torch.stack([sample[key].as_tensor() for sample in chosen]) for key in BOTH)
+        yield image, label
 
 
 @torch.inference_mode()
@@ -167,7 +152,8 @@ def row_of(
     about = {"network": network, "share": share, "seed": seed, "rate": rate, "seconds": seconds}
     about["parameters"] = sum(p.numel() for p in model.parameters())
     known = items[: max(round(share * TRAINING), 1)]
-    about["steps"] = fit(model, known, rate, 0.75 if starts_from else 1.0, seed, seconds)
+    decay, loss_of = 0.75 if starts_from else 1.0, DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    about["steps"] = fine_tune(model, batches(known, seed), loss_of, rate, decay, seconds)
     choosing = seed == SELECTION_SEED
     judged = items[TRAINING : TRAINING + CHOOSING] if choosing else items[TRAINING + CHOOSING :]
     return about | scores(model, judged)
@@ -181,32 +167,9 @@ def encoder_file(data: Path, out: Path, seed: int, seconds: float) -> str:
     return str(path)
 
 
-def write_table(rows: pd.DataFrame, path: Path) -> None:
-    """Mean and standard deviation over seeds, a table per share of the labels."""
-    units = {"dice_anterior": 3, "dice_posterior": 3, "hd95_anterior": 2, "hd95_posterior": 2, "not_found": 0}
-    lines = []
-    for share, of in rows.groupby("share", sort=False):
-        lines += ["", f"| {share:.0%} of the labels | parameters | steps | " + " | ".join(units) + " |"]
-        lines += ["|---|" + "---:|" * (2 + len(units))]
-        for name in NETWORKS:
-            part = of[of.network == name]
-            if part.empty:
-                continue
-            shown = [f"{part[score].mean():.{n}f} ± {part[score].std():.{n}f}" for score, n in units.items()]
-            lines.append(f"| {name} | {part.parameters.iloc[0]:,} | {part.steps.mean():.0f} | {' | '.join(shown)} |")
-    path.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-
-
 def main() -> None:
     """Choose rates, train and score everything, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--pretraining", type=float, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
+    parser = comparison_arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -229,7 +192,8 @@ def main() -> None:
         for name in arguments.networks
     ]
     rows = run_all(row_of, runs, KEY, arguments.out / "rows.csv", arguments.workers)
-    write_table(rows, arguments.out / "table.md")
+    tables = {f"{share:.0%} of the labels": of for share, of in rows.groupby("share", sort=False)}
+    write_comparison(tables, list(NETWORKS), SCORES, arguments.out / "table.md")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Training shared by the benchmarks of quality: a bundle and an overlay, for a number of seconds of one core."""
+"""Training shared by the benchmarks of quality, for a number of seconds of one core."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
+from torch import Tensor, nn
 
-from biovfm_monai.engines import PretrainingTrainer
+from biovfm_monai.engines import PretrainingTrainer, WarmupCosine, parameter_groups
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.shipped import shipped_folder
 
@@ -70,3 +72,29 @@ def build(bundle: str, overlay: str | None, overrides: dict[str, Any], steps: in
     )
     set_determinism(seed)
     return parser.get_parsed_content("train#trainer")
+
+
+def fine_tune(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Callable[[Tensor, Tensor], Tensor],
+    rate: float, layer_decay: float, seconds: float,
+) -> int:  # fmt: skip
+    """Train a network on images and targets without end, for so many seconds of one core.
+
+    Returns:
+        The number of steps.
+    """
+    network.train()
+    optimizer = torch.optim.AdamW(parameter_groups(network, layer_decay=layer_decay), lr=rate, weight_decay=0.05)
+    schedule, begun, steps = WarmupCosine(peak=rate), time.process_time(), 0
+    for images, targets in batches:
+        progress = (time.process_time() - begun) / seconds
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(progress) * group.get("lr_scale", 1.0)
+        optimizer.zero_grad()
+        loss_of(network(images), targets).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+    return steps

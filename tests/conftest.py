@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_python
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles/biovfm_mae_pretraining"
@@ -51,12 +51,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command with this interpreter; returns what it printed."""
+    """Run a program with this interpreter; returns what it printed."""
 
     def call(*arguments: str | Path, cwd: Path, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, **env}, timeout=timeout,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        return run_python(arguments, cwd, timeout, **env)
 
     return call

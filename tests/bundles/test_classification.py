@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigWorkflow, load
 from PIL import Image
+from programs import run_python
 
 from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.errors import reason_of
@@ -302,12 +300,9 @@ def test_choices_that_mean_nothing_are_named(given, words, archive, tmp_path):
 def test_the_readmes_own_command_says_what_to_put_where(tmp_path):
     root = copy_bundle(CHEST, tmp_path)
     text = (root / "docs/README.md").read_text().splitlines()
-    command = next(line.split() for line in text if "configs/train.json" in line)
-    places = {"python": sys.executable, "configs/train.json": f"{root}/configs/train.json", ".": str(root)}
-    done = subprocess.run(
-        [places.get(word, word) for word in command], cwd=tmp_path, env=dict(os.environ), capture_output=True,
-        text=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = next(line.split()[1:] for line in text if "configs/train.json" in line)
+    places = {"configs/train.json": f"{root}/configs/train.json", ".": str(root)}
+    done = run_python([places.get(word, word) for word in command], tmp_path)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"{Path(root) / 'data'}: no such folder" in line

@@ -1,14 +1,12 @@
 """Bundles on data of all kinds: volumes of thick and thin slices, stores, worker processes, two Gloo processes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from programs import run_python, run_together
 from skimage import data as photographs
 
 from biovfm_monai.checkpoints import encoder_info
@@ -49,22 +47,12 @@ def store(folder):
 
 def run(root, verb, *overrides, cwd, processes=1):
     configs = f"['{root}/configs/{verb}.json'" + (f",'{ROOT}/configs/smoke.json']" if verb == "train" else "]")
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", configs, "--bundle_root", root]
-    env = {**os.environ, "TMPDIR": str(cwd)}
-    done = subprocess.run(
-        list(map(str, [*command, *overrides])),
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = ["-m", "monai.bundle", "run", "--config_file", configs, "--bundle_root", root, *overrides]
+    if processes > 1:
+        return run_together(processes, command, cwd)
+    done = run_python(command, cwd, TMPDIR=str(cwd))
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout + done.stderr
 
 
 def losses(root):
@@ -74,8 +62,8 @@ def losses(root):
 @pytest.mark.parametrize("modality", ["ct", "mri", "xray", "pathology"])
 def test_the_bundle_of_a_modality_trains_on_its_images_among_others(folder, tmp_path, modality):
     root = copy_bundle(f"{modality}_mae_pretraining", tmp_path / "a folder")
-    done = run(root, "train", "--dataset_dir", folder, cwd=tmp_path)
-    assert f"6 of 8 images are of another modality than {modality}" in done.stdout + done.stderr
+    printed = run(root, "train", "--dataset_dir", folder, cwd=tmp_path)
+    assert f"6 of 8 images are of another modality than {modality}" in printed
     assert len(losses(root)) == 2
     channels = encoder_info(root / "models/encoder.safetensors")["network"]["in_channels"]
     assert channels == (3 if modality == "pathology" else 1)

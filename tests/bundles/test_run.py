@@ -14,6 +14,7 @@ import torch
 from conftest import BUNDLE, ROOT
 from monai.bundle import ConfigWorkflow, ckpt_export, load, verify_metadata, verify_net_in_out
 from PIL import Image
+from programs import run_python, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from biovfm_monai import cli, quickstart
@@ -26,17 +27,19 @@ from biovfm_monai.shipped import copy_bundle
 pytestmark = pytest.mark.xdist_group("bundle")
 
 
-def monai(*arguments, cwd, prefix=("-m",)):
+def monai(*arguments, cwd):
     """Run `python -m monai.bundle ...` and return the finished process."""
-    command = [sys.executable, *prefix, "monai.bundle", *map(str, arguments)]
     # torchrun leaves a folder in TMPDIR behind.
-    env = {**os.environ, "TMPDIR": str(cwd)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
+    return run_python(["-m", "monai.bundle", *arguments], cwd, TMPDIR=str(cwd))
 
 
-def train(root, *overrides, cwd, prefix=("-m",)):
+def training(root):
     configs = f"['{root}/configs/train.json','{ROOT}/configs/smoke.json']"
-    return monai("run", "--config_file", configs, "--bundle_root", root, *overrides, cwd=cwd, prefix=prefix)
+    return ["run", "--config_file", configs, "--bundle_root", root]
+
+
+def train(root, *overrides, cwd):
+    return monai(*training(root), *overrides, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +154,8 @@ def test_monai_bundle_load_gives_the_trained_network(trained, monkeypatch, tmp_p
 
 
 def test_two_processes_train_with_the_same_file(trained, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    done = train(
-        trained, "--output_dir", tmp_path / "eval", "--ckpt_dir", tmp_path / "models", cwd=tmp_path, prefix=launcher
-    )
-    assert done.returncode == 0, done.stderr
+    places = ["--output_dir", tmp_path / "eval", "--ckpt_dir", tmp_path / "models"]
+    torchrun(2, ["-m", "monai.bundle", *training(trained), *places], tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "eval/log.jsonl").read_text().splitlines()]
     assert [line["samples"] for line in lines] == [8, 16]
     assert encoder_info(tmp_path / "models/encoder.safetensors")["training"]["samples_seen"] == 16
@@ -304,8 +304,7 @@ def test_a_copy_from_an_installed_wheel_runs_without_the_repository(tmp_path, sa
 
 
 def biovfm(*arguments, cwd):
-    command = [sys.executable, "-m", "biovfm_monai.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return run_python(["-m", "biovfm_monai.cli", *arguments], cwd)
 
 
 def command_line(monkeypatch, folder, *arguments):

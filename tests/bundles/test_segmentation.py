@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +13,7 @@ import torch
 from conftest import ROOT
 from monai.bundle import ConfigWorkflow, load
 from PIL import Image
+from programs import run_python
 
 from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.errors import reason_of
@@ -98,13 +96,10 @@ def trained(tmp_path_factory):
     lines = (
         line.split() for line in (root / "docs/README.md").read_text().splitlines() if "configs/train.json" in line
     )
-    places = {"python": sys.executable, "configs/train.json": f"{root}/configs/train.json", ".": str(root)}
-    command = [places.get(word, word) for word in next(lines)]
+    places = {"configs/train.json": f"{root}/configs/train.json", ".": str(root)}
+    command = [places.get(word, word) for word in next(lines)[1:]]
     command += ["--max_epochs", "1", "--validate::inferer::inferer::inferer::overlap", "0"]
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
+    done = run_python(command, folder, TMPDIR=str(folder))
     assert done.returncode == 0, done.stderr
     assert "val_mean_dice" in done.stdout
     return root

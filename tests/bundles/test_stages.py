@@ -2,17 +2,15 @@
 
 import csv
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 from PIL import Image
+from programs import run_python
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder, load_tokenizer, save_tokenizer
 from biovfm_monai.errors import InputError
@@ -34,10 +32,9 @@ def commands(stage, verb):
 
 
 def run(root, command, overrides):
-    words = [sys.executable, *shlex.split(command)[1:]]
+    words = [*shlex.split(command)[1:]]
     words += [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
-    environment = {**os.environ, "TMPDIR": str(root)}
-    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = run_python(words, root, TMPDIR=str(root))
     assert done.returncode == 0, done.stderr
 
 

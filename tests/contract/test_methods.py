@@ -1,14 +1,13 @@
 """Every method obeys the contract of `SSLMethod`; add a line to METHODS in methods.py for a new one."""
 
 import copy
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from methods import METHODS, SIZES, batch, encoder
-from processes import TORCHRUN, call
+from programs import run_python, run_together
 
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods.projector import BatchNorm
@@ -136,8 +135,8 @@ def test_a_trained_encoder_can_be_had(make, size):
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """All methods in one go, since starting processes takes longer than their gradients."""
-    call([sys.executable, SCRIPT, tmp_path / "1.pt"], tmp_path)
-    call([*TORCHRUN, 2, SCRIPT, tmp_path / "2.pt"], tmp_path)
+    assert run_python([SCRIPT, tmp_path / "1.pt"], tmp_path).returncode == 0
+    run_together(2, [SCRIPT, tmp_path / "2.pt"], tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert one.keys() == two.keys()
     largest = defaultdict(float)

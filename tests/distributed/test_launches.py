@@ -3,12 +3,13 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from programs import started
 
 from biovfm_monai import distributed
 from biovfm_monai.errors import InputError, report_input_errors
@@ -43,20 +44,12 @@ def by_variables(port):
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("variables", marks=pytest.mark.slow)])
 def test_without_torchrun_two_processes_meet_are_refused_what_does_not_fit_and_end_with_a_line_each(launcher, tmp_path):
     environment = by_srun if launcher == "srun" else by_variables(free_port())
-    others = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    command = [sys.executable, SCRIPT, str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**others, "OMP_NUM_THREADS": "1", **environment(rank)}
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        printed = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [1, 1], printed
+    with ExitStack() as stack:
+        both = [stack.enter_context(started([SCRIPT, tmp_path], tmp_path, **environment(rank))) for rank in (0, 1)]
+        for process, _ in both:
+            process.join(120)
+        printed = [errors.read_text() for _, (_, errors) in both]
+        assert [process.exitcode for process, _ in both] == [1, 1], printed
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["environment"] == {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

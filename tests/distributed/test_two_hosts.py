@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 import torch
-from processes import TORCHRUN, call
+from programs import torchrun
 from safetensors.torch import load_file
 
 from biovfm_monai.checkpoints.state import states_in
@@ -118,7 +118,7 @@ def result(root):
 
 @pytest.mark.slow
 def test_a_host_that_fails_and_comes_back_changes_nothing(hosts, tmp_path):
-    call([*TORCHRUN, 2, "-m", *training(tmp_path / "undisturbed")], tmp_path)
+    torchrun(2, ["-m", *training(tmp_path / "undisturbed")], tmp_path)
     root = tmp_path / "hosts" / "root"
     root.mkdir(parents=True)
     with agents() as start:

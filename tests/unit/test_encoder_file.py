@@ -4,9 +4,6 @@ import errno
 import json
 import logging
 import os
-import select
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 from limits import files_of_at_most
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
+from programs import kill_when_it_prints
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -267,13 +265,7 @@ with write_atomically(path) as draft:
 def killed(path):
     """Encoder file whose rewriting was killed half way, and what it held before."""
     before = path.read_bytes()
-    with subprocess.Popen([sys.executable, "-c", HALF, str(path)], stdout=subprocess.PIPE) as process:
-        try:
-            assert select.select([process.stdout], [], [], 90)[0], "the process writes nothing"
-            assert process.stdout.readline() == b"half\n"
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-        assert process.wait(timeout=30) == -signal.SIGKILL
+    kill_when_it_prints("half", ["-c", HALF, path], path.parent)
     return path, before
 
 

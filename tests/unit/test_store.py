@@ -7,9 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import joblib
@@ -25,6 +22,7 @@ from image_files import write_dicom, write_nifti, write_png
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose
 from PIL import Image
+from programs import run_python, started
 from skimage import data as photographs
 
 from biovfm_monai.anisotropy import spacing_of
@@ -264,9 +262,8 @@ if __name__ == "__main__":
 
 def test_a_cluster_packs_the_same_bytes(folder, store, tmp_path):
     pytest.importorskip("distributed")
-    command = [sys.executable, "-c", DASK, str(folder.with_name("list") / "datalist.json"), str(tmp_path / "store")]
-    env = {**os.environ, "DASK_TEMPORARY_DIRECTORY": str(tmp_path)}
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True, check=False)
+    arguments = ["-c", DASK, folder.with_name("list") / "datalist.json", tmp_path / "store"]
+    done = run_python(arguments, tmp_path, DASK_TEMPORARY_DIRECTORY=str(tmp_path))
     assert "ready, 10 images in 4 file(s)" in done.stdout, done.stderr
     assert int(done.stdout.split("moved")[1]) >= 4
     assert len(Store(tmp_path / "store")) == len(Store(store))
@@ -291,17 +288,16 @@ module.pack(sys.argv[1], sys.argv[2], salt="y", num_workers=1)
 
 
 def test_a_killed_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path):
-    arguments = [sys.executable, "-c", PACK, str(folder.with_name("list") / "datalist.json")]
-    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, timeout=120, capture_output=True)
+    arguments = ["-c", PACK, folder.with_name("list") / "datalist.json"]
+    assert run_python([*arguments, tmp_path / "whole"], tmp_path).returncode == 0
     for wanted in (1, 5):
-        with subprocess.Popen([*arguments, str(tmp_path / "cut")], stdout=-1, stderr=-1) as process:
+        with started([*arguments, tmp_path / "cut"], tmp_path):
             deadline = time.monotonic() + 60
             while len(list((tmp_path / "cut").glob("*.b2"))) < wanted and time.monotonic() < deadline:
                 time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
         with pytest.raises(InputError, match=r"the store is not finished\. Run the same"):
             load_datalist(tmp_path / "cut")
-    subprocess.run([*arguments, str(tmp_path / "cut")], check=True, timeout=120, capture_output=True)
+    assert run_python([*arguments, tmp_path / "cut"], tmp_path).returncode == 0
     assert by_content(tmp_path / "cut") == by_content(tmp_path / "whole")
     assert not list((tmp_path / "cut").glob(".*"))
 
@@ -343,8 +339,8 @@ module.pack(sys.argv[1], sys.argv[2], num_workers=2)
 
 
 def test_a_process_that_is_killed_ends_packing_with_advice(folder, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(folder.with_name("list") / "datalist.json"), str(tmp_path / "store")]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    arguments = ["-c", KILLED, folder.with_name("list") / "datalist.json", tmp_path / "store"]
+    done = run_python(arguments, tmp_path)
     assert done.returncode == 1
     assert "fewer --num_workers" in done.stderr
     assert "Traceback" not in done.stderr

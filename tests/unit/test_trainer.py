@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from ignite.engine import Events
 from limits import files_of_at_most
 from monai.engines import SupervisedTrainer
 from PIL import Image
+from programs import kill_when_it_prints
 from torch.utils.data import DataLoader
 
 from biovfm_monai import distributed
@@ -444,16 +444,7 @@ test_trainer.run_epochs(Path({folder!r}), 4, 4, False)
 
 def test_kill_9_while_a_state_is_written_leaves_the_one_before_usable(tmp_path):
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        deadline = time.monotonic() + 120
-        assert process.stdout.readline() == "half\n"
-        assert time.monotonic() < deadline
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(30)
+    kill_when_it_prints("half", ["-c", code], tmp_path)
     assert states_of(tmp_path) == ["step-00000006", "step-00000003"]
     assert (tmp_path / ".step-00000009.draft").exists()
     resumed = run_epochs(tmp_path, 4, 4, True)
