@@ -278,22 +278,22 @@ def test_a_copy_from_an_installed_wheel_runs_without_the_repository(tmp_path, sa
     wheels, environment = tmp_path / "wheels", tmp_path / "empty environment"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(wheels)]
-    subprocess.run(build, check=True, timeout=120, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
+    subprocess.run(build, check=True, timeout=240, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=240)
     site = next((environment / "lib").glob("python*")) / "site-packages"
     (wheel,) = wheels.iterdir()
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=120)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=240)
     # Our dependencies from this environment; its own .pth files, and with them the repository, are not followed.
     (site / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
     python = str(environment / "bin/python")
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     where = subprocess.run(
         [python, "-c", "import biovfm_monai; print(biovfm_monai.__file__)"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=60,
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=240,
     )  # fmt: skip
     assert where.stdout.startswith(str(site))
     copy = [python, "-m", "biovfm_monai.cli", "bundle", BUNDLE.name, "my bundles"]
-    subprocess.run(copy, cwd=tmp_path, env=env, check=True, timeout=60, capture_output=True)
+    subprocess.run(copy, cwd=tmp_path, env=env, check=True, timeout=240, capture_output=True)
     root = tmp_path / "my bundles" / BUNDLE.name
     shutil.copytree(samples, root / "samples")
     configs = f"['{root}/configs/train.json','{root.parent}/configs/smoke.json']"
