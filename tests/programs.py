@@ -33,8 +33,12 @@ def kill_when_it_prints(text, arguments, cwd, timeout=120):
 def started(arguments, cwd, **env):
     """A program that goes on until it ends, or this does: its process, and the files of what it prints."""
     arguments = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory(prefix="printed-") as folder:
+    with tempfile.TemporaryDirectory(prefix="program-") as folder:
         printed = [Path(folder) / name for name in ("out", "err")]
+        if arguments[0] == "-c":
+            program = Path(folder) / "program.py"
+            program.write_text(arguments[1])
+            arguments = [str(program), *arguments[2:]]
         process = _FORKED.Process(target=_program, args=(arguments, str(cwd), {**os.environ, **env}, printed))
         process.start()
         try:
@@ -118,13 +122,7 @@ def _program(arguments, cwd, env, printed):
 
 
 def _run(how, *arguments):
-    if how == "-c":
-        with tempfile.TemporaryDirectory(prefix="program-") as folder:
-            program = Path(folder) / "program.py"
-            program.write_text(arguments[0])
-            sys.argv = ["-c", *arguments[1:]]
-            runpy.run_path(str(program), run_name="__main__")
-    elif how == "-m":
+    if how == "-m":
         sys.argv = list(arguments)
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
