@@ -48,7 +48,7 @@ def main() -> None:
             "classify": classify,
             "info": info,
             "plan": plan,
-            "scale": {"fit": scale.fit, "factors": scale.factors, "compare": scale.compare},
+            "scale": {name: getattr(scale, name) for name in scale.__all__},
             "report": report,
             "bundle": bundle,
             "label": {"init": label_init},

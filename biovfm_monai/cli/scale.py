@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["compare", "factors", "fit"]
+from biovfm_monai.errors import InputError
+
+__all__ = ["compare", "factors", "fit", "plan", "run"]
 
 
 def fit(
@@ -94,3 +96,35 @@ def compare(
 
     budgets = [at] if isinstance(at, int | float) else list(at)
     return comparison(*compare_table(str(table), x, y, by, budgets, law, perfect, out))
+
+
+def plan(study: str, rate: Any = None, price: float | None = None) -> str:
+    """Tell what each run of a study will take, and all together, before any begins.
+
+    Args:
+        study: .json file, as docs/scaling.md has it.
+        rate: FLOP/s of a device, or the log.jsonl of a run that measured it, for the time.
+        price: of a device for an hour, for the cost.
+    """
+    from biovfm_monai.evaluation.scaling import plan_study  # noqa: PLC0415
+
+    return plan_study(str(study), rate, price)
+
+
+def run(study: str, out: str = "study", launcher: str = "local", workers: int = 1, options: Any = None) -> str:
+    """Pretrain and score all runs of a study; stopped in any way, the same command goes on.
+
+    Args:
+        study: .json file, as docs/scaling.md has it.
+        out: folder for the runs and their table, runs.parquet.
+        launcher: local, ray (extra ray), or slurm (extra slurm), for an array job.
+        workers: runs at a time.
+        options: of submitit, such as "{'slurm_partition':'gpu','gpus_per_node':1,'timeout_min':600}".
+    """
+    from biovfm_monai.evaluation.scaling import run_study  # noqa: PLC0415
+
+    table, failed = run_study(str(study), str(out), launcher, workers, options)
+    if failed:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        raise InputError(f"{len(failed)} run(s) failed, and the same command tries them again. {reasons}")
+    return f"{table}: ready."

@@ -8,8 +8,8 @@ from biovfm_monai.engines.export import EncoderHandler
 from biovfm_monai.engines.finetuning import AnisotropyInferer, FlipInferer, FreezeHandler, ScheduleHandler
 from biovfm_monai.engines.overlays import OverlayHandler, draw_overlay
 from biovfm_monai.engines.pictures import ReconstructionHandler
-from biovfm_monai.engines.plan import make_plan
-from biovfm_monai.engines.plan_report import report_plans
+from biovfm_monai.engines.plan import Plan, make_plan, measured_rate
+from biovfm_monai.engines.plan_report import plan_cells, report_plans, table_of
 from biovfm_monai.engines.profiling import ProfileHandler
 from biovfm_monai.engines.progress import ProgressHandler
 from biovfm_monai.engines.resume import StateHandler
@@ -17,9 +17,34 @@ from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scale
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents, fast_precision
 
 __all__ = [
-    "AnisotropyInferer", "BadStepHandler", "ChancesHandler", "CollapseHandler", "EncoderHandler", "FlipInferer",
-    "FreezeHandler", "LabelledViews", "OverlayHandler", "PretrainingTrainer", "ProfileHandler", "ProgressHandler",
-    "ReconstructionHandler", "ScheduleHandler", "StateHandler", "StepEvents", "WarmupCosine", "decided",
-    "draw_overlay", "epochs_for", "fast_precision", "make_plan", "parameter_groups", "report_plans", "scaled_rate",
+    "AnisotropyInferer",
+    "BadStepHandler",
+    "ChancesHandler",
+    "CollapseHandler",
+    "EncoderHandler",
+    "FlipInferer",
+    "FreezeHandler",
+    "LabelledViews",
+    "OverlayHandler",
+    "Plan",
+    "PretrainingTrainer",
+    "ProfileHandler",
+    "ProgressHandler",
+    "ReconstructionHandler",
+    "ScheduleHandler",
+    "StateHandler",
+    "StepEvents",
+    "WarmupCosine",
+    "decided",
+    "draw_overlay",
+    "epochs_for",
+    "fast_precision",
+    "make_plan",
+    "measured_rate",
+    "parameter_groups",
+    "plan_cells",
+    "report_plans",
+    "scaled_rate",
+    "table_of",
     "write_chances",
 ]  # fmt: skip

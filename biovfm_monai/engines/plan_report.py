@@ -10,7 +10,7 @@ from biovfm_monai.engines.cost import Memory
 from biovfm_monai.engines.plan import Plan, make_plan, measured_rate
 from biovfm_monai.errors import InputError, require_within
 
-__all__ = ["report_plans"]
+__all__ = ["plan_cells", "report_plans", "table_of"]
 
 
 def report_plans(
@@ -48,8 +48,10 @@ def report_plans(
     for values in itertools.product(*grid.values()):
         plan = make_plan(files, {**overrides, **dict(zip(grid, values, strict=True))}, processes, memory)
         given = {key.removesuffix("_target_").strip("#:"): value for key, value in zip(grid, values, strict=True)}
-        rows.append({key: str(value).rpartition(".")[2] for key, value in given.items()} | _cells(plan, speed, price))
-    return _table([[*rows[0]], *([*row.values()] for row in rows)])
+        rows.append(
+            {key: str(value).rpartition(".")[2] for key, value in given.items()} | plan_cells(plan, speed, price)
+        )
+    return table_of([[*rows[0]], *([*row.values()] for row in rows)])
 
 
 def _listing(plan: Plan, speed: float | None, price: float | None) -> str:
@@ -76,7 +78,7 @@ def _listing(plan: Plan, speed: float | None, price: float | None) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
-def _cells(plan: Plan, speed: float | None, price: float | None) -> dict[str, str]:
+def plan_cells(plan: Plan, speed: float | None, price: float | None) -> dict[str, str]:
     """One plan as a table's row: the column's name -> the number."""
     cells = {
         "parameters": f"{plan.parameters:,}", "FLOPs/image": f"{plan.cost.flops:.4g}",
@@ -94,7 +96,8 @@ def _cells(plan: Plan, speed: float | None, price: float | None) -> dict[str, st
     return cells
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table_of(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table, its cells put to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
