@@ -15,9 +15,11 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from biovfm_monai import cli
+from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.data import read_image
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import classify_files, open_bundle, segment_files
+from biovfm_monai.evaluation import classify_files, embed, embed_files, open_bundle, segment_files, transform_of
+from biovfm_monai.networks import Embedder, vit_tiny
 from biovfm_monai.shipped import copy_bundle
 
 THRESHOLD = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1}
@@ -169,6 +171,35 @@ def test_probabilities_stand_under_the_classes_names(classifier, tmp_path):
     assert out.read_text().startswith("image,x,y")
     with pytest.raises(InputError, match=r"no image could be used\. .*2\.png"):
         cli.classify(str(classifier), str(tmp_path / "2.png"), out=str(out))
+
+
+def test_images_that_cannot_be_embedded_are_set_aside_by_name_and_the_others_are_done(tmp_path):
+    encoder = tmp_path / "encoder.safetensors"
+    save_encoder(vit_tiny(1, (16, 16), 8, depth=1), encoder, {"mean": 0.5, "std": 0.5})
+    rng = np.random.default_rng(0)
+    for name in ("xray/a.png", "xray/b.png", "mri/c.png", "d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 16), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "xray/a.png").write_bytes(b"no image")
+    out = tmp_path / "found.npz"
+    done, aside = embed_files([tmp_path, tmp_path / "gone.png"], encoder, out, "xray")
+    assert done == 2
+    reasons = {one.file.rpartition("/")[2]: one.reason for one in aside}
+    assert {*reasons} == {"a.png", "c.png", "gone.png"}
+    assert "not of modality 'xray' but mri. Give" in reasons["c.png"]
+    with np.load(out) as found:
+        assert [name.rpartition("/")[2] for name in found["files"]] == ["d.png", "b.png"]
+        expected = embed(
+            Embedder(load_encoder(encoder)),
+            [transform_of(encoder)({"image": str(tmp_path / "xray/b.png"), "modality": "xray"})],
+        )
+        np.testing.assert_allclose(found["embeddings"][1], expected[0], atol=1e-6)
+    with (tmp_path / "found-set_aside.csv").open() as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [one.file for one in aside]
+    line = cli.embed(str(tmp_path / "d.png"), str(tmp_path / "mri"), encoder=str(encoder), out=str(out))
+    assert line.startswith(f"{out}: ready, 1 image(s).\nset aside: {tmp_path}/d.png: cannot tell the modality")
+    with pytest.raises(InputError, match=r"no image could be used\. .*a\.png"):
+        cli.embed(str(tmp_path / "xray/a.png"), encoder=str(encoder), out=str(out))
 
 
 @pytest.mark.parametrize(
