@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
 
 from biovfm_monai.checkpoints import save_embedder, save_encoder, save_tokenizer
 from biovfm_monai.networks import SoftTokenizer, vit_tiny
@@ -69,24 +69,57 @@ def test_its_metadata_passes_monais_check(root):
 
 def test_its_network_takes_and_gives_what_the_metadata_say_and_becomes_torchscript(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checked = {
-        "meta_file": str(root / "configs/metadata.json"), "config_file": str(root / "configs/inference.json"),
-        "bundle_root": str(root),
-    }  # fmt: skip
-    verify_net_in_out("network_def", **checked)
+    verify_net_in_out("network_def", **configurations(root))
     script = str(tmp_path / "model.ts")
     image = blank(root)
     # Networks of the pretraining bundles are in the zoo's list of those that cannot be scripted, and are traced.
     how = {} if root.name.endswith(SUPERVISED) else {"use_trace": True, "input_shape": list(image.shape)}
-    weights = {"ckpt_file": str(root / "models/model.pt"), "key_in_ckpt": "model"}
-    ckpt_export("network_def", filepath=script, **weights, **how, **checked)
+    ckpt_export("network_def", filepath=script, **weights(root), **how, **configurations(root))
+    with torch.inference_mode():
+        found = torch.jit.load(script).eval()(image)
+        torch.testing.assert_close(found, trained_network(root)(image), rtol=1e-4, atol=1e-4)
+
+
+# One of each kind of network; the others have the same ones in other sizes.
+KINDS = (
+    "biovfm_mae_pretraining", "brain_mri_segmentation", "image_embedding", "medmnist_classification",
+    "spad_tokenizer_pretraining", "vessel_fundus_segmentation",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "root", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES], indirect=True
+)
+def test_its_network_becomes_onnx_by_monais_own_export(root, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    monkeypatch.chdir(tmp_path)
+    image = blank(root)
+    file = str(tmp_path / "model.onnx")
+    onnx_export("network_def", filepath=file, input_shape=list(image.shape), **weights(root), **configurations(root))
+    session = onnxruntime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(found), trained_network(root)(image), rtol=1e-4, atol=1e-4)
+
+
+def configurations(root):
+    return {
+        "meta_file": str(root / "configs/metadata.json"), "config_file": str(root / "configs/inference.json"),
+        "bundle_root": str(root),
+    }  # fmt: skip
+
+
+def weights(root):
+    return {"ckpt_file": str(root / "models/model.pt"), "key_in_ckpt": "model"}
+
+
+def trained_network(root):
     parser = ConfigParser()
     parser.read_config(str(root / "configs/inference.json"))
     parser["bundle_root"] = str(root)
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(root / "models/model.pt", weights_only=True)["model"])
-    with torch.inference_mode():
-        torch.testing.assert_close(torch.jit.load(script).eval()(image), network(image), rtol=1e-4, atol=1e-4)
+    return network
 
 
 def blank(root):
