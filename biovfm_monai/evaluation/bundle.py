@@ -1,7 +1,7 @@
 """A trained bundle's parts, from a file to what its network says of it, as its inference.json has them.
 
 Of the configuration the keys preprocessing, network_def, inferer and postprocessing are used, as MONAI Label does
-(https://monai.readthedocs.io/en/stable/mb_specification.html), and the weights in models/model.pt.
+(https://monai.readthedocs.io/en/stable/mb_specification.html), and the weights of ckpt_path, or of encoder_path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from monai.transforms import Compose, SaveImage, SaveImaged
 from biovfm_monai.checkpoints import load_model
 from biovfm_monai.errors import InputError, reason_of
 
-__all__ = ["Bundle", "open_bundle"]
+__all__ = ["Bundle", "bundle_config", "open_bundle", "weights_of"]
+
+_CONFIG = "configs/inference.json"
+_WEIGHTS = ("ckpt_path", "encoder_path")
 
 
 class Bundle(NamedTuple):
@@ -52,8 +55,31 @@ def open_bundle(root: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         InputError: when it is no bundle, a key is unknown, or weights are missing or do not fit.
     """
+    parser = bundle_config(root, overrides)
+    config = f"{parser['bundle_root']}/{_CONFIG}"
+    weights = weights_of(parser)
+    try:
+        network = parser.get_parsed_content("network_def")
+        device = torch.device(parser.get_parsed_content("device"))
+        preprocessing, inferer = (parser.get_parsed_content(name) for name in ("preprocessing", "inferer"))
+        after = parser.get_parsed_content("postprocessing").transforms if "postprocessing" in parser else []
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{config}: {reason_of(error)}") from error
+    if _WEIGHTS[0] in parser:
+        load_model(network, weights)
+    postprocessing = Compose([step for step in after if not isinstance(step, SaveImage | SaveImaged)])
+    network = network.to(device).eval()
+    return Bundle(Path(parser["bundle_root"]), parser, preprocessing, network, inferer, postprocessing, device)
+
+
+def bundle_config(root: str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigParser:
+    """A bundle's inference.json, its paths in the bundle's folder; arguments as of `open_bundle`.
+
+    Raises:
+        InputError: when it is no bundle, or a key is unknown.
+    """
     root = Path(root).expanduser().resolve()
-    config = root / "configs/inference.json"
+    config = root / _CONFIG
     if not config.is_file():
         raise InputError(f"{config}: no such file. Give the folder of a bundle, as `biovfm bundle` makes it.")
     parser = ConfigParser()
@@ -62,13 +88,18 @@ def open_bundle(root: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if key.replace("::", "#").split("#")[0] not in parser:
             raise InputError(f"{config}: has no key {key!r}. Give one of its own.")
         parser[key] = value
-    try:
-        parts = {name: parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing")}
-        network = parser.get_parsed_content("network_def")
-        device = torch.device(parser.get_parsed_content("device"))
-        weights = str(parser.get_parsed_content("ckpt_path"))
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{config}: {reason_of(error)}") from error
-    kept = [step for step in parts["postprocessing"].transforms if not isinstance(step, SaveImage | SaveImaged)]
-    network = load_model(network, weights).to(device).eval()
-    return Bundle(root, parser, parts["preprocessing"], network, parts["inferer"], Compose(kept), device)
+    return parser
+
+
+def weights_of(config: ConfigParser) -> Path:
+    """The file with the weights of a bundle's network: its ckpt_path, or the encoder_path of one that is an encoder.
+
+    Raises:
+        InputError: when the configuration has neither.
+    """
+    key = next((key for key in _WEIGHTS if key in config), None)
+    if key is None:
+        raise InputError(
+            f"{config['bundle_root']}/{_CONFIG}: has no key {' or '.join(_WEIGHTS)}. Say where the weights are."
+        )
+    return Path(config.get_parsed_content(key))

@@ -42,7 +42,7 @@ class Said(ScoringMethod):
         if model not in self.tasks:
             raise InputError(f"model {model!r} is none that can be asked. Give one of {', '.join(self.tasks)}.")
         task = self.tasks[model]
-        known = Remembered(self.cache / f"{model}.npz", lambda image: self.vector(task, image), task.weights)
+        known = Remembered(self.cache / f"{model}.npz", lambda image: self.vector(task, image), task.opened.weights)
         return known.of({name: datastore.get_image_uri(name) for name in names})
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:

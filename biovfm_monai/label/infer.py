@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.inferers import Inferer
-from monai.transforms import SaveImaged, SqueezeDimd
+from monai.transforms import SqueezeDimd
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.transform.writer import Writer
 from monailabel.utils.others.generic import name_to_device
 from torch import Tensor, nn
 
-from biovfm_monai.checkpoints import load_model
 from biovfm_monai.data import find_images
-from biovfm_monai.errors import InputError
-from biovfm_monai.files import version_of
+from biovfm_monai.evaluation.bundle import Bundle
+from biovfm_monai.label.opened import Opened
 
 __all__ = ["BundleInfer", "ClassificationInfer", "EmbeddingInfer", "SegmentationInfer"]
 
@@ -40,14 +38,13 @@ class BundleInfer(BasicInferTask):
 
     def __init__(self, folder: Path, kind: InferType, modality: str | None = None) -> None:
         metadata = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
-        self.folder, self.modality, self.version = folder.resolve(), modality, metadata["version"]
+        self.opened, self.modality, self.version = Opened(folder), modality, metadata["version"]
         image, pred = (
             metadata["network_data_format"][part][key] for part, key in (("inputs", "image"), ("outputs", "pred"))
         )
         self.names = [name for _, name in sorted((int(number), name) for number, name in pred["channel_def"].items())]
-        self.weights = self._weights()
         super().__init__(
-            path=str(self.weights), network=None, type=kind, labels=self._labels(),
+            path=str(self.opened.weights), network=None, type=kind, labels=self._labels(),
             dimension=len(image["spatial_shape"]), description=metadata["description"],
         )  # fmt: skip
 
@@ -59,35 +56,22 @@ class BundleInfer(BasicInferTask):
         """What clients are told."""
         return {**super().info(), "version": self.version}
 
-    def parser(self, device: str | None = None) -> ConfigParser:
-        """The bundle's configuration, anew, as what it instantiates depends on the device."""
-        parser = ConfigParser()
-        parser.read_config(str(self.folder / "configs/inference.json"))
-        parser["bundle_root"] = str(self.folder)
-        if device is not None:
-            parser["device"] = device
-        return parser
-
     def pre_transforms(self, data: Mapping[str, Any] | None = None) -> Sequence[Callable[..., Any]]:
         """The bundle's preprocessing."""
-        return list(self.parser((data or {}).get("device")).get_parsed_content("preprocessing").transforms)
+        return list(self._opened_for(data).preprocessing.transforms)
 
     def post_transforms(self, data: Mapping[str, Any] | None = None) -> Sequence[Callable[..., Any]]:
         """The bundle's postprocessing, but for what writes files: MONAI Label does."""
-        parser = self.parser((data or {}).get("device"))
-        if parser.get("postprocessing") is None:
-            return []
-        steps = parser.get_parsed_content("postprocessing").transforms
-        return [step for step in steps if not isinstance(step, SaveImaged)]
+        return list(self._opened_for(data).postprocessing.transforms)
 
     def inferer(self, data: Mapping[str, Any] | None = None) -> Inferer:
         """The bundle's inferer."""
-        return self.parser((data or {}).get("device")).get_parsed_content("inferer")
+        return self._opened_for(data).inferer
 
     def run_pre_transforms(self, data: dict[str, Any], transforms: Sequence[Callable[..., Any]]) -> dict[str, Any]:
         """Prepare an image; what preprocessing drops of a request is kept for the steps that follow."""
         modality = data.get("modality") or self.modality
-        if modality is None and self.parser().get("modality") is None:
+        if modality is None and self.opened.config.get("modality") is None:
             modality = find_images(data["image"])[0]["modality"]
         given = data if modality is None else {**data, "modality": modality}
         return {**given, **super().run_pre_transforms(given, transforms)}
@@ -104,29 +88,14 @@ class BundleInfer(BasicInferTask):
         prepared = self.run_pre_transforms(data, self.pre_transforms(data))
         return torch.as_tensor(self.run_inferer(prepared, device=device)["pred"]).cpu()
 
-    def _weights(self) -> Path:
-        parser = self.parser()
-        key = "encoder_path" if parser.get("ckpt_path") is None else "ckpt_path"
-        return Path(parser.get_parsed_content(key))
-
     def _labels(self) -> dict[str, int]:
         return {name.lower(): number for number, name in enumerate(self.names) if name.lower() != "background"}
 
+    def _opened_for(self, data: Mapping[str, Any] | None) -> Bundle:
+        return self.opened.on((data or {}).get("device") or name_to_device("cuda"))
+
     def _get_network(self, device: str, data: Mapping[str, Any] | None) -> nn.Module:  # noqa: ARG002 - MONAI Label's
-        """The network with the weights that are on disk now: a training task may have written others."""
-        if not self.weights.is_file():
-            raise InputError(
-                f"{self.weights}: no such file. Put the weights there, or train them: POST /train/{self.folder.name}."
-            )
-        version = version_of(self.weights)
-        known = self._networks.get(device)
-        if known is None or known[1] != version:
-            parser = self.parser(device)
-            network = parser.get_parsed_content("network_def")
-            if parser.get("ckpt_path") is not None:
-                load_model(network, self.weights)
-            known = self._networks[device] = (network.to(device).eval(), version)
-        return known[0]
+        return self.opened.on(device).network
 
 
 class SegmentationInfer(BundleInfer):
@@ -152,7 +121,7 @@ class ClassificationInfer(BundleInfer):
         super().__init__(folder, InferType.CLASSIFICATION, modality)
 
     def _labels(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.parser().get("classes") or self.names)}
+        return {name: number for number, name in enumerate(self.opened.config.get("classes") or self.names)}
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
         """The classes as MONAI Label's clients know them."""

@@ -1,16 +1,23 @@
 """MONAI Label: the folder of an app, choosing what to label next, and what is remembered of images."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation import open_bundle
 from biovfm_monai.label import farthest_first, init_app, uncertainty
 from biovfm_monai.label.folder import bundles_of
+from biovfm_monai.label.opened import Opened
 from biovfm_monai.label.remembered import Remembered
+from biovfm_monai.networks import vit_tiny
+from biovfm_monai.shipped import copy_bundle
 
 
 def test_farthest_first_chooses_as_a_slow_loop_does():
@@ -59,6 +66,50 @@ def test_only_new_images_and_new_weights_are_computed_again(tmp_path):
     assert of("ab") == 1
     weights.write_text("changed")
     assert of("ab") == 2
+
+
+def write_encoder(root):
+    save_encoder(vit_tiny(1, (16, 16), 8, depth=1), root / "models/encoder.safetensors", {"mean": 0.5, "std": 0.5})
+
+
+def test_a_bundle_is_opened_once_and_again_when_its_weights_are_others(tmp_path):
+    root = copy_bundle("image_embedding", tmp_path)
+    opened = Opened(root)
+    for _ in range(2):
+        with pytest.raises(InputError, match="Put the weights there, or train them: POST /train/image_embedding"):
+            opened.on("cpu")
+    write_encoder(root)
+    first = opened.on("cpu")
+    assert opened.on("cpu") is first
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 16), dtype=np.uint8)).save(tmp_path / "a.png")
+    item = {"image": str(tmp_path / "a.png"), "modality": "xray"}
+    said = first(item)["pred"]
+    assert torch.equal(opened.on("cpu")(item)["pred"], said)
+    write_encoder(root)
+    assert not torch.equal(opened.on("cpu")(item)["pred"], said)
+    (root / "models/encoder.safetensors").write_bytes(b"no encoder")
+    for _ in range(2):
+        with pytest.raises(InputError, match="encoder"):
+            opened.on("cpu")
+
+
+def test_weights_of_another_network_are_an_error_at_every_request(tmp_path):
+    root = copy_bundle("brain_mri_segmentation", tmp_path)
+    opened = Opened(root)
+    (root / "models").mkdir()
+    torch.save({"model": {"other": torch.ones(1)}}, root / "models/model.pt")
+    for _ in range(2):
+        with pytest.raises(InputError, match="weights do not fit"):
+            opened.on("cpu")
+
+
+def test_a_bundle_that_names_no_weights_is_no_network_as_it_was_drawn(tmp_path):
+    root = copy_bundle("brain_mri_segmentation", tmp_path)
+    config = json.loads((root / "configs/inference.json").read_text())
+    del config["ckpt_path"], config["encoder_path"]
+    (root / "configs/inference.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no key ckpt_path or encoder_path"):
+        open_bundle(root)
 
 
 def test_an_app_holds_the_bundles_with_the_models_of_ones_own(tmp_path):
