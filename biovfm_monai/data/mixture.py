@@ -220,8 +220,8 @@ def subset(source: Labels, fraction: float, seed: int = 0, subject: Labels | Non
     if not 0 < fraction <= 1:
         raise InputError(f"fraction {fraction} must be above 0 and at most 1. Give 0.1 for a tenth of the images.")
     if subject is not None:
-        first, number = _subjects(source, subject)
-        return subset(Labels(source.codes[first], source.names), fraction, seed)[number]
+        shown, number = _subjects(source, subject)
+        return subset(Labels(source.codes[shown], source.names), fraction, seed)[number]
     order = np.argsort(source.codes, kind="stable").astype(np.uint32)
     sizes = np.bincount(source.codes, minlength=len(source.names))
     kept = np.zeros(len(order), dtype=bool)
