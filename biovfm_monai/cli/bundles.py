@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from biovfm_monai.cli.served import served
 from biovfm_monai.errors import InputError
 
 __all__ = ["bundle", "classify", "label_init", "plan", "segment"]
@@ -73,7 +73,7 @@ def segment(
 
     paths = [str(image) for image in images]
     done, aside = segment_files(str(bundle), paths, str(out), bool(dicom_seg), memory, overrides)
-    return _served(str(out), done, aside)
+    return served(str(out), done, aside)
 
 
 def classify(bundle: str, *images: str, out: str = "probabilities.csv", **overrides: Any) -> str:
@@ -90,13 +90,7 @@ def classify(bundle: str, *images: str, out: str = "probabilities.csv", **overri
     from biovfm_monai.evaluation import classify_files  # noqa: PLC0415
 
     done, aside = classify_files(str(bundle), [str(image) for image in images], str(out), overrides)
-    return _served(str(out), done, aside)
-
-
-def _served(out: str, done: int, aside: Sequence[tuple[str, str]]) -> str:
-    if not done:
-        raise InputError(f"no image could be used. {aside[0][1] if aside else 'There is none.'}")
-    return "\n".join([f"{out}: ready, {done} image(s).", *(f"set aside: {reason}" for _, reason in aside)])
+    return served(str(out), done, aside)
 
 
 def label_init(app: str, bundles: Any) -> str:

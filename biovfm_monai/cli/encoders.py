@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from biovfm_monai.cli.served import served
 from biovfm_monai.errors import InputError
 
 __all__ = ["convert", "embed", "export", "info"]
@@ -14,17 +15,17 @@ def embed(*files: str, encoder: str, out: str = "embeddings.npz", modality: str 
     """Write one vector per image, for image files and for all images below folders.
 
     Args:
-        *files: images, or folders of them.
+        *files: images, folders of them, or folders of DICOM series.
         encoder: encoder file.
         out: .npz file to write, with "files" and "embeddings".
-        modality: of all files, where neither a header nor a folder's name tells it.
+        modality: the only one wanted, which is also that of files that neither a header nor a folder gives one.
     """
     if not files:
         raise InputError("name at least one image file or folder.")
     from biovfm_monai.evaluation import embed_files  # noqa: PLC0415
 
-    images, width = embed_files([str(file) for file in files], encoder, out, modality)
-    return f"{out}: {images} image(s), {width} numbers each"
+    done, aside = embed_files([str(file) for file in files], str(encoder), str(out), modality)
+    return served(str(out), done, aside)
 
 
 def info(encoder: str) -> str:

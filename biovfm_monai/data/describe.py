@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def describe_dicom(whole: Path | None, headers: dict[Path, pydicom.Dataset], roo
     slices = [*headers]
     distance = None
     if len(slices) > 1:
-        slices, distance = sorted_slices(headers)
+        slices, across, along = sorted_slices(headers)
+        distance = math.hypot(across, *along)
     first = headers[slices[0]]
     header = dicom_header(slices[0], first)
     if distance is not None and header.spacing is not None:

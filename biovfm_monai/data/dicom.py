@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
@@ -19,7 +19,7 @@ from biovfm_monai.data.headers import Header, checked, itk_spacing, readable
 from biovfm_monai.errors import InputError
 
 __all__ = [
-    "DICOM", "dicom_header", "image_headers", "is_dicom", "is_film", "is_image", "is_stack", "read_header",
+    "DICOM", "Stack", "dicom_header", "image_headers", "is_dicom", "is_film", "is_image", "is_stack", "read_header",
     "sorted_slices", "volumes",
 ]  # fmt: skip
 
@@ -200,15 +200,25 @@ def is_stack(headers: Mapping[Path, pydicom.Dataset]) -> bool:
     return placed and len(headers) > 1 and len({str(h.get("SeriesInstanceUID")) for h in headers.values()}) == 1
 
 
-def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> tuple[list[Path], float]:
-    """The slices of one volume in the order of their places, and their distance in mm.
+class Stack(NamedTuple):
+    """The slices of one volume, in the order of their places."""
+
+    paths: list[Path]
+    #: mm from one to the next, across them.
+    distance: float
+    #: mm from one to the next, along them, in DICOM's axes; zero unless the gantry was tilted.
+    shift: np.ndarray
+
+
+def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> Stack:
+    """The slices of one volume in the order of their places, and how one lies to the next.
 
     Args:
         headers: of a stack (`is_stack`).
 
     Raises:
-        InputError: when slices have different directions, share a place, are unequally spaced (one is missing) or are
-            shifted against each other (a tilted gantry), naming two of them or their folder.
+        InputError: when slices have different directions, share a place, are unequally spaced (one is missing) or
+            unequally shifted against each other, naming two of them or their folder.
     """
     paths = list(headers)
     directions = np.array([_numbers(headers[p], _PLACE[1]) for p in paths])
@@ -229,12 +239,6 @@ def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> tuple[list[Path], 
         raise InputError(
             f"{folder}: slices of one series share a place. Give each time point or echo a folder of its own."
         )
-    shift = np.linalg.norm(steps - along[:, None] * normal, axis=1)
-    if (shift > _TOLERANCE * distance).any():
-        raise InputError(
-            f"{folder}: slices are shifted by {shift.max():.3f} mm against each other (a tilted gantry). "
-            "Straighten the series, for instance with dcm2niix."
-        )
     uneven = np.abs(along - distance) > max(_TOLERANCE * distance, 1e-3)
     if uneven.any():
         n = int(uneven.argmax())
@@ -242,4 +246,22 @@ def sorted_slices(headers: Mapping[Path, pydicom.Dataset]) -> tuple[list[Path], 
             f"{folder}: {paths[n].name} and {paths[n + 1].name} are {along[n]:.3f} mm apart, other slices "
             f"{distance:.3f} mm. Add the missing slices, or split the series into folders of equal distances."
         )
-    return paths, distance
+    return Stack(paths, distance, _shift(folder, steps - along[:, None] * normal, distance))
+
+
+def _shift(folder: Path, shifts: np.ndarray, distance: float) -> np.ndarray:
+    """By how much each slice of a tilted gantry is shifted against the last, and zero where that is next to nothing."""
+    tilt = np.median(shifts, axis=0)
+    if (np.linalg.norm(shifts - tilt, axis=1) > _TOLERANCE * distance).any():
+        sizes = np.linalg.norm(shifts, axis=1)
+        raise InputError(
+            f"{folder}: slices are shifted by {sizes.min():.3f} to {sizes.max():.3f} mm against each other. Split the "
+            "series into folders of equal shifts."
+        )
+    size = float(np.linalg.norm(tilt))
+    if size > distance:
+        raise InputError(
+            f"{folder}: slices {distance:.3f} mm apart are shifted by {size:.3f} mm against each other, more than any "
+            "gantry is tilted. Correct the places in their headers."
+        )
+    return tilt if size > _TOLERANCE * distance else np.zeros(3)

@@ -112,10 +112,8 @@ def require_modality(items: list[Item], modality: str | None = None) -> list[Ite
     """
     wanted = [item for item in with_modality(items, modality) if modality in (None, item["modality"])]
     if items and not wanted:
-        there = ", ".join(sorted({item["modality"] for item in items}))
-        raise InputError(
-            f"{items[0]['image']}: not of modality {modality!r} but {there}, as all. Give another --modality."
-        )
+        there = ", ".join(sorted({item["modality"] for item in items})) + (", as all" if items[1:] else "")
+        raise InputError(f"{items[0]['image']}: not of modality {modality!r} but {there}. Give another --modality.")
     if len(wanted) < len(items):
         logger.info(
             "%d of %d images are of another modality than %s, and left out",

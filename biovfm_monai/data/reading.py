@@ -69,12 +69,20 @@ def _slices(folder: Path) -> dict[Path, pydicom.Dataset]:
     return headers
 
 
-def _read_series(headers: Mapping[Path, pydicom.Dataset]) -> Any:
+def _read_series(headers: Mapping[Path, pydicom.Dataset]) -> tuple[np.ndarray, dict[str, Any]]:
     """The slices of a volume, in the order of their places; MONAI's reader would leave some series' slices out."""
     if not is_stack(headers):
         folder = next(iter(headers)).parent
         raise InputError(f"{folder}: its DICOM files are not the slices of one volume. Name the files in the datalist.")
-    return itk.imread([str(path) for path in sorted_slices(headers)[0]])
+    stack = sorted_slices(headers)
+    array, meta = ITKReader().get_data(itk.imread([str(path) for path in stack.paths]))
+    if stack.shift.any():
+        # ITK's grids have right angles.
+        affine = np.array(meta["affine"], dtype=float)
+        across = affine[:3, 2] / np.linalg.norm(affine[:3, 2]) * stack.distance
+        affine[:3, 2] = across + _LPS[:3, :3] @ stack.shift
+        meta["affine"] = affine
+    return array, meta
 
 
 def _meaning(file: Path, values: np.ndarray) -> tuple[np.ndarray, str]:
@@ -185,7 +193,7 @@ def _of_itk(files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
     headers = _slices(path) if path.is_dir() else {file: read_header(file) for file in files if is_dicom(file)}
     files = [*headers] or files
     reader = ITKReader()
-    array, meta = reader.get_data(reader.read(str(files[0])) if len(files) == 1 else _read_series(headers))
+    array, meta = reader.get_data(reader.read(str(files[0]))) if len(files) == 1 else _read_series(headers)
     array, meta["units"] = _meaning(files[0], np.asarray(array))
     if len(files) == 1 and is_dicom(files[0]) and is_film(read_header(files[0])):
         affine = np.array(meta["affine"], dtype=float)

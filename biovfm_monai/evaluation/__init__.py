@@ -1,10 +1,11 @@
 """What an encoder is worth: embeddings and probes."""
 
 from biovfm_monai.evaluation.biovfm import biovfm_probe
-from biovfm_monai.evaluation.embed import RawPixels, embed, embed_files, transform_of
+from biovfm_monai.evaluation.bundle import open_bundle
+from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.evaluation.knn import KNNAccuracy, KNNProbe, knn_accuracy
 from biovfm_monai.evaluation.probe import Probe, probe_features, probe_listing
-from biovfm_monai.evaluation.serve import classify_files, open_bundle, segment_files
+from biovfm_monai.evaluation.serve import classify_files, embed_files, segment_files
 from biovfm_monai.evaluation.tokens import TokenizerProbe
 
 __all__ = [

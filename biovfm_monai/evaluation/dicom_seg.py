@@ -65,4 +65,4 @@ def _series(image: str | Sequence[str]) -> list[Path]:
     if not files:
         raise InputError(f"{image}: is no DICOM series, so it has no DICOM segmentation. Leave --dicom_seg out.")
     headers = image_headers(files)
-    return list(sorted_slices(headers)[0]) if len(headers) > 1 else list(headers)
+    return sorted_slices(headers).paths if len(headers) > 1 else list(headers)

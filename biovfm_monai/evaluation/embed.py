@@ -12,13 +12,11 @@ from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
 from monai.transforms import Compose
 from torch.nn import functional as F
 
-from biovfm_monai.checkpoints import encoder_info, load_encoder
-from biovfm_monai.data import encoder_transform, find_images
+from biovfm_monai.checkpoints import encoder_info
+from biovfm_monai.data import encoder_transform
 from biovfm_monai.errors import InputError
-from biovfm_monai.files import write_atomically
-from biovfm_monai.networks import Embedder
 
-__all__ = ["RawPixels", "embed", "embed_files", "preprocessing_of", "transform_of"]
+__all__ = ["RawPixels", "embed", "preprocessing_of", "transform_of"]
 
 
 def transform_of(encoder_path: str | Path, img_size: Sequence[int] | None = None) -> Compose:
@@ -103,32 +101,3 @@ def _stack(samples: list[dict[str, Any]]) -> torch.Tensor:
     """A batch with the affines of its images, which tell an encoder of volumes how thick slices are."""
     images = [sample["image"] for sample in samples]
     return list_data_collate(images) if isinstance(images[0], MetaTensor) else torch.stack(images)
-
-
-def embed_files(
-    paths: Sequence[str | Path], encoder_path: str | Path, out: str | Path, modality: str | None = None
-) -> tuple[int, int]:
-    """Embed image files, and all images below folders, into an .npz file with "files" and "embeddings".
-
-    A volume in slices has the name of their folder, or of its first slice where several series share a folder.
-
-    Args:
-        paths: image files, folders of images, or folders of one DICOM series each.
-        encoder_path: encoder file.
-        out: file to write.
-        modality: of all files, where neither a header nor a folder's name tells it.
-
-    Returns:
-        Images and numbers per image.
-
-    Raises:
-        InputError: when a file cannot be used, or its modality is not known.
-    """
-    items = [item for path in paths for item in find_images(path, modality)]
-    if not items:
-        raise InputError(f"no image found in {', '.join(str(path) for path in paths)}.")
-    vectors = embed(Embedder(load_encoder(encoder_path)), Dataset(items, transform_of(encoder_path)))
-    with write_atomically(out) as draft, draft.open("wb") as file:
-        names = [image if isinstance(image, str) else image[0] for image in (item["image"] for item in items)]
-        np.savez(file, files=np.array(names), embeddings=vectors)
-    return vectors.shape

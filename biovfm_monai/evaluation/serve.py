@@ -1,7 +1,6 @@
-"""Trained bundles on files, without a server: label maps and probabilities of classes, by a bundle's inference.json.
+"""Trained bundles and encoders on files, without a server: label maps, probabilities of classes, and embeddings.
 
-Of the configuration the keys preprocessing, network_def, inferer and postprocessing are used, as MONAI Label does
-(https://monai.readthedocs.io/en/stable/mb_specification.html), and the weights in models/model.pt.
+What cannot be used is set aside by name with the reason, and the rest is done.
 """
 
 from __future__ import annotations
@@ -11,80 +10,29 @@ import gzip
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor, list_data_collate
-from monai.inferers import Inferer
-from monai.transforms import Compose, SaveImage, SaveImaged
+from monai.data import Dataset, MetaTensor
 from PIL import Image
 
-from biovfm_monai.checkpoints import load_model
+from biovfm_monai.checkpoints import load_encoder
 from biovfm_monai.data import read_image
-from biovfm_monai.data.find import NO_IMAGE, Rejected, survey
+from biovfm_monai.data.find import NO_IMAGE, Rejected, require_modality, survey
 from biovfm_monai.data.headers import suffix
 from biovfm_monai.engines import draw_overlay, write_chances
 from biovfm_monai.errors import InputError, reason_of
+from biovfm_monai.evaluation.bundle import Bundle, open_bundle
 from biovfm_monai.evaluation.dicom_seg import write_dicom_seg
+from biovfm_monai.evaluation.embed import embed, transform_of
 from biovfm_monai.files import write_atomically
+from biovfm_monai.networks import Embedder
 from biovfm_monai.sheet import draw_sheet
 
-__all__ = ["Bundle", "classify_files", "open_bundle", "segment_files"]
-
-
-class Bundle(NamedTuple):
-    """What a bundle's inference.json makes: parts from file to answer, the network with its weights."""
-
-    root: Path
-    parser: ConfigParser
-    preprocessing: Compose
-    network: torch.nn.Module
-    inferer: Inferer
-    postprocessing: Compose
-    device: torch.device
-
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """The sample of a datalist item, with "pred" as the bundle's postprocessing leaves it; it writes no file."""
-        sample = self.preprocessing({key: item[key] for key in ("image", "modality") if item.get(key)})
-        batch = list_data_collate([{"image": sample["image"]}])["image"].to(self.device)
-        with torch.inference_mode():
-            sample["pred"] = self.inferer(batch, self.network)[0]
-        return dict(self.postprocessing(sample))
-
-
-def open_bundle(root: str | Path, overrides: Mapping[str, Any] | None = None) -> Bundle:
-    """Make a bundle's parts, with trained weights.
-
-    Args:
-        root: the bundle's folder.
-        overrides: keys of inference.json, those that the training was given, such as classes or encoder_path.
-
-    Raises:
-        InputError: when it is no bundle, a key is unknown, or weights are missing or do not fit.
-    """
-    root = Path(root).expanduser().resolve()
-    config = root / "configs/inference.json"
-    if not config.is_file():
-        raise InputError(f"{config}: no such file. Give the folder of a bundle, as `biovfm bundle` makes it.")
-    parser = ConfigParser()
-    parser.read_config(str(config))
-    for key, value in {"bundle_root": str(root), **(overrides or {})}.items():
-        if key.replace("::", "#").split("#")[0] not in parser:
-            raise InputError(f"{config}: has no key {key!r}. Give one of its own.")
-        parser[key] = value
-    try:
-        parts = {name: parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "postprocessing")}
-        network = parser.get_parsed_content("network_def")
-        device = torch.device(parser.get_parsed_content("device"))
-        weights = str(parser.get_parsed_content("ckpt_path"))
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise InputError(f"{config}: {reason_of(error)}") from error
-    kept = [step for step in parts["postprocessing"].transforms if not isinstance(step, SaveImage | SaveImaged)]
-    network = load_model(network, weights).to(device).eval()
-    return Bundle(root, parser, parts["preprocessing"], network, parts["inferer"], Compose(kept), device)
+__all__ = ["classify_files", "embed_files", "segment_files"]
 
 
 def segment_files(
@@ -163,9 +111,47 @@ def classify_files(
         files.append(_shown(item["image"]))
         rows.append(chances)
 
-    done = _each(paths, classify, out.with_name(f"{out.stem}-set_aside.csv"))
+    done = _each(paths, classify, _listing(out))
     write_chances(out, names, files, rows)
     return done
+
+
+def embed_files(
+    paths: Sequence[str | Path], encoder_path: str | Path, out: str | Path, modality: str | None = None
+) -> tuple[int, list[Rejected]]:
+    """Write an .npz file with "files" and "embeddings", one vector per image.
+
+    A volume in slices has the name of their folder, or of its first slice where several series share a folder.
+
+    Args:
+        paths: image files, folders of them, or folders of DICOM series.
+        encoder_path: encoder file.
+        out: file to write.
+        modality: the only one wanted, which is also that of images that neither a header nor a folder gives one.
+
+    Returns:
+        How many images were embedded, and those set aside with the reason, which are in OUT-set_aside.csv, too.
+
+    Raises:
+        InputError: when the encoder file cannot be used.
+    """
+    network, transform, out = Embedder(load_encoder(encoder_path)), transform_of(encoder_path), Path(out)
+    files: list[str] = []
+    vectors: list[np.ndarray] = []
+
+    def vector_of(item: Mapping[str, Any]) -> None:
+        vectors.append(embed(network, Dataset(require_modality([dict(item)], modality), transform))[0])
+        files.append(_shown(item["image"]))
+
+    done = _each(paths, vector_of, _listing(out))
+    with write_atomically(out) as draft, draft.open("wb") as file:
+        np.savez(file, files=np.array(files), embeddings=np.array(vectors, np.float32))
+    return done
+
+
+def _listing(table: Path) -> Path:
+    """Where what is set aside is listed, beside a table."""
+    return table.with_name(f"{table.stem}-set_aside.csv")
 
 
 def _each(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigWorkflow, load
+from monai.bundle import load
 from PIL import Image
 from programs import run_python
+from workflows import KINDS, refusal, run, workflow
 
 from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.errors import reason_of
@@ -20,7 +21,6 @@ from biovfm_monai.shipped import copy_bundle
 pytestmark = pytest.mark.xdist_group("bundle_classification")
 MEDMNIST, CHEST, EMBEDDING = "medmnist_classification", "chest_xray_classification", "image_embedding"
 NAMES = (MEDMNIST, CHEST)
-KINDS = {"train": "train", "evaluate": "infer", "inference": "infer"}
 FEW = {"encoder#depth": 1, "encoder#embed_dim": 32, "encoder#num_heads": 2, "device": "cpu"}
 TWO = {"classes": ["dark", "bright"], "in_channels": 1, **FEW}
 
@@ -110,26 +110,6 @@ def write_table(folder, header, rows):
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     return write_archive(tmp_path_factory.mktemp("data") / "a folder/breastmnist_28.npz")
-
-
-def workflow(root, verb, **overrides):
-    files = str(root / f"configs/{verb}.json")
-    made = ConfigWorkflow(files, workflow_type=KINDS[verb], logging_file=False, bundle_root=str(root), **overrides)
-    made.initialize()
-    return made
-
-
-def run(root, verb, **overrides):
-    made = workflow(root, verb, **overrides)
-    made.run()
-    made.finalize()
-    return made
-
-
-def refusal(root, verb, **overrides):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
-        run(root, verb, **overrides)
-    return reason_of(caught.value)
 
 
 def table(path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigWorkflow
+from workflows import run
 
 from biovfm_monai import methods
 from biovfm_monai.checkpoints import load_encoder, load_tokenizer, save_tokenizer
@@ -40,17 +40,11 @@ def root(request, tmp_path_factory, samples):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_overlay_of_a_method_trains_and_leaves_a_network(root, method):
     size = BUNDLES[root.name]
-    configs = [root / "configs/train.json", *(ROOT / f"configs/{name}.json" for name in (method, "smoke"))]
     options = SMALL.get(method, {}) | ({"encoder::depth": 1} if method != "spad_tokenizer" else {})
     if method == "masked_tokens":
         options["method::tokenizer::path"] = str(root / "stage1/tokenizer.safetensors")
-    workflow = ConfigWorkflow(
-        [str(config) for config in configs], workflow_type="train", logging_file=False, bundle_root=str(root),
-        img_size=size, crop_size=size, batch_size=4, ckpt_dir=str(root / method), **options,
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
+    places = {"ckpt_dir": str(root / method)}
+    run(root, "train", method, "smoke", img_size=size, crop_size=size, batch_size=4, **places, **options)
     if method == "spad_tokenizer":
         assert load_tokenizer(root / method / "tokenizer.safetensors").stride == 8
         return
@@ -66,15 +60,8 @@ def test_an_overlay_lets_a_run_score_a_labelled_handful_after_each_epoch(tmp_pat
     handful = {name: items[::20] for name, items in sections.items() if name.startswith("place")}
     shutil.copytree(samples, copy / "samples")
     (copy / "samples/datalist.json").write_text(json.dumps({**sections, **handful}))
-    configs = [copy / "configs/train.json", *(ROOT / f"configs/{name}.json" for name in ("knn_probe", "smoke"))]
     options = SMALL["dinov2"] | {"encoder::depth": 1, "max_epochs": 2}
-    workflow = ConfigWorkflow(
-        [str(config) for config in configs], workflow_type="train", logging_file=False, bundle_root=str(copy),
-        img_size=[32, 32], crop_size=[32, 32], batch_size=4, **options,
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
+    run(copy, "train", "knn_probe", "smoke", img_size=[32, 32], crop_size=[32, 32], batch_size=4, **options)
     probes = [line.get("probe") for line in map(json.loads, (copy / "eval/log.jsonl").open())]
     assert probes[0] is None  # of the first step
     assert 0 < probes[-1] < 1

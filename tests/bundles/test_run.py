@@ -321,7 +321,7 @@ def test_the_info_and_embed_commands_use_an_encoder_file(trained, tmp_path, monk
     assert json.loads(capsys.readouterr().out) == encoder_info(encoder)
     images = trained / "samples/fundus", trained / "samples/ct"
     command_line(monkeypatch, tmp_path, "embed", *images, "--encoder", encoder)
-    assert capsys.readouterr().out.strip() == "embeddings.npz: 3 image(s), 192 numbers each"
+    assert capsys.readouterr().out.strip() == "embeddings.npz: ready, 3 image(s)."
     with np.load(tmp_path / "embeddings.npz") as result:
         assert [Path(file).name for file in result["files"]] == ["microaneurysms.png", "retina.jpg", "CT_small.dcm"]
         assert result["embeddings"].shape == (3, 192)
@@ -336,7 +336,7 @@ def test_the_info_and_embed_commands_use_an_encoder_file(trained, tmp_path, monk
             "there is no bundle 'unknown', but biovfm_dinov2_pretraining, biovfm_mae_pretraining",
         ),
         (("embed", "--encoder", "x"), "name at least one image"),
-        (("embed", "scan.nii.gz", "--encoder", "x"), "scan.nii.gz: no such file or folder"),
+        (("embed", "scan.nii.gz", "--encoder", "x"), "x: no such encoder file"),
     ],
 )
 def test_a_mistake_on_the_command_line_says_what_to_give(tmp_path, monkeypatch, arguments, words):

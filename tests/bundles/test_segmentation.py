@@ -11,9 +11,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigWorkflow, load
+from monai.bundle import load
 from PIL import Image
 from programs import run_python
+from workflows import KINDS, refusal, run, workflow, write_subjects, write_volume
 
 from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.errors import reason_of
@@ -23,26 +24,6 @@ from biovfm_monai.shipped import copy_bundle
 pytestmark = pytest.mark.xdist_group("bundle_segmentation")
 BRAIN, HIPPOCAMPUS = "brain_mri_segmentation", "hippocampus_mri_segmentation"
 NAMES = sorted(p.parent.name for p in (ROOT / "bundles").glob("*_segmentation/configs"))
-KINDS = {"train": "train", "evaluate": "infer", "inference": "infer"}
-
-
-def write(path, values, affine=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
-
-
-def write_subjects(folder, count=5, size=(26, 30, 28)):
-    """Two boxes of other brightness, each its own class, somewhere else in every volume."""
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        image, label = rng.uniform(0, 100, size).astype(np.float32), np.zeros(size, np.uint8)
-        for value in (1, 2):
-            x, y, z = rng.integers(2, 12, 3)
-            label[x : x + 10, y : y + 10, z : z + 10] = value
-        image += np.float32(300) * label
-        write(folder / f"images/subject_{number}.nii.gz", image)
-        write(folder / f"labels/subject_{number}.nii.gz", label)
-    return folder
 
 
 def write_photographs(folder, count=5):
@@ -67,25 +48,6 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory):
     return write_subjects(tmp_path_factory.mktemp("data") / "five subjects")
-
-
-def workflow(root, verb, **overrides):
-    files = str(root / f"configs/{verb}.json")
-    made = ConfigWorkflow(files, workflow_type=KINDS[verb], logging_file=False, bundle_root=str(root), **overrides)
-    made.initialize()
-    return made
-
-
-def run(root, verb, **overrides):
-    made = workflow(root, verb, **overrides)
-    made.run()
-    made.finalize()
-
-
-def refusal(root, verb, **overrides):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
-        run(root, verb, **overrides)
-    return reason_of(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +123,7 @@ def threshold(path):
 def test_what_is_found_in_an_oblique_left_handed_thick_volume_lies_over_it(tmp_path):
     values = np.random.default_rng(0).uniform(0, 0.1, (40, 36, 16)).astype(np.float32)
     values[6:24, 5:20, 4:11] += 1
-    write(tmp_path / "mri/case.nii.gz", values, oblique())
+    write_volume(tmp_path / "mri/case.nii.gz", values, oblique())
     root = copy_bundle(BRAIN, tmp_path / "bundles")
     window = {"_target_": "monai.inferers.SlidingWindowInferer", "roi_size": "@crop_size"}
     options = {"section": "training", "inferer": window, **threshold(tmp_path / "model.pt")}
@@ -209,7 +171,7 @@ def test_without_images_a_bundle_says_what_to_put_where(verb, tmp_path):
 def test_a_label_that_is_no_class_is_named_with_the_remedy(tmp_path):
     folder = write_subjects(tmp_path / "data")
     label = folder / "labels/subject_0.nii.gz"
-    write(label, np.asarray(nib.load(label).dataobj) * 3)
+    write_volume(label, np.asarray(nib.load(label).dataobj) * 3)
     root = copy_bundle(BRAIN, tmp_path / "bundles")
     message = refusal(root, "train", dataset_dir=str(folder), max_epochs=1)
     assert "subject_0.nii.gz: holds 3, 6; classes are 0 to 2" in message
@@ -285,8 +247,8 @@ def test_thick_and_thin_slices_of_ct_train_and_are_segmented_with_one_network(tm
         values, label = np.full((40, 40, 12), -1000, np.float32), np.zeros((40, 40, 12), np.uint8)
         values[8:30, 8:30, 2:10], label[8:30, 8:30, 2:10] = 100, 1 + number % 2
         affine = np.diag([1.5, 1.5, (1.5, 7.0)[number % 2], 1])
-        write(tmp_path / f"data/images/case_{number}.nii.gz", values, affine)
-        write(tmp_path / f"data/labels/case_{number}.nii.gz", label, affine)
+        write_volume(tmp_path / f"data/images/case_{number}.nii.gz", values, affine)
+        write_volume(tmp_path / f"data/labels/case_{number}.nii.gz", label, affine)
     root = copy_bundle("multiorgan_ct_segmentation", tmp_path / "bundles")
     options = {"dataset_dir": str(tmp_path / "data"), "out_channels": 3, "crop_size": [8, 32, 32]}
     run(root, "train", max_epochs=1, samples_per_volume=2, **options)

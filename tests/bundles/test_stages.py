@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import verify_net_in_out
 from PIL import Image
 from programs import run_python
+from workflows import workflow
 
 from biovfm_monai.checkpoints import encoder_info, load_encoder, load_tokenizer, save_tokenizer
 from biovfm_monai.errors import InputError
@@ -52,14 +53,6 @@ def roots(tmp_path_factory, samples):
     return made
 
 
-def workflow(root, verb="train", **overrides):
-    made = ConfigWorkflow(
-        str(root / f"configs/{verb}.json"), workflow_type=verb, logging_file=False, bundle_root=str(root), **overrides
-    )
-    made.initialize()
-    return made
-
-
 def log(root):
     return [json.loads(line) for line in (root / "eval/log.jsonl").read_text().splitlines()]
 
@@ -78,7 +71,7 @@ def test_the_first_stage_leaves_a_tokenizer_and_a_picture_and_the_second_an_enco
 @pytest.mark.parametrize("stage", [0, 1])
 def test_thin_and_thick_slices_and_2d_images_come_in_one_run_and_never_in_one_batch(roots, stage):
     root = roots[stage]
-    dataset = workflow(root, **SMALL).parser.get_parsed_content("train#dataset")
+    dataset = workflow(root, "train", **SMALL).parser.get_parsed_content("train#dataset")
     seen = encoder_info(next((root / "models").glob("*.safetensors")))["training"]["samples_seen"]
     degrees = torch.tensor([dataset[number]["anisotropy"] for number in range(seen)]).view(-1, SMALL["batch_size"])
     assert set(degrees[:, 0].tolist()) == {0, 3, 5}
@@ -147,7 +140,7 @@ def cause(error):
 
 def refusal(root, **overrides):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - MONAI wraps it
-        workflow(root, **SMALL, **overrides).parser.get_parsed_content("method")
+        workflow(root, "train", **SMALL, **overrides).parser.get_parsed_content("method")
     return cause(caught.value)
 
 

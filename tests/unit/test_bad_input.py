@@ -434,7 +434,8 @@ DICOM = {
         *(reads(HOUNSFIELD[..., n]) for n in range(3)),
     ),
     "missing slice": (partial(series, numbers=[0, 1, 2, 4, 5]), rejected("2.dcm and 4.dcm are 6.000 mm apart")),
-    "tilted": (partial(series, ImagePositionPatient=lambda n: [0, n, 3 * n]), rejected("a tilted gantry")),
+    "tilted": (partial(series, ImagePositionPatient=lambda n: [0, n, 3 * n]), reads(HOUNSFIELD)),
+    "shifted": (partial(series, ImagePositionPatient=lambda n: [0, n * n / 4, 3 * n]), rejected("shifted by 0.250 to")),
     "two at one place": (
         partial(series, ImagePositionPatient=lambda n: [0, 0, 3 * min(n, 4)]),
         rejected("share a place|apart"),

@@ -174,13 +174,12 @@ def test_all_slices_of_a_series_are_read_even_where_their_headers_differ(tmp_pat
             [[1, 0, 0, 0, 1, 0]] * 4,
             r"1\.dcm and 2\.dcm are 6\.000 mm apart.*Add the",
         ),
-        ([[0, z / 3, z] for z in (0, 3, 6)], [[1, 0, 0, 0, 1, 0]] * 3, r"shifted by 1\.000 mm.*tilted gantry"),
-        # A gantry tilted by 18.5 degrees: 4 mm of the table's way are 1.269 mm within a slice.
         (
-            [[0, 0, z] for z in (0, 4, 8)],
-            [[1, 0, 0, 0, 0.9483237, -0.3173047]] * 3,
-            r"shifted by 1\.269 mm.*tilted gantry",
+            [[0, y, z] for y, z in ((0, 0), (1, 3), (3, 6))],
+            [[1, 0, 0, 0, 1, 0]] * 3,
+            r"shifted by 1\.000 to 2\.000 mm.*Split the series",
         ),
+        ([[0, 4 * n, 3 * n] for n in range(3)], [[1, 0, 0, 0, 1, 0]] * 3, r"3\.000 mm apart are shifted by 4\.000 mm"),
         (
             [[0, 0, 0], [0, 0, 3]],
             [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]],
@@ -194,6 +193,22 @@ def test_slices_that_make_no_regular_volume_are_refused(tmp_path, places, direct
         write_dicom(tmp_path / f"{number}.dcm", "1.2.3", ImagePositionPatient=place, ImageOrientationPatient=direction)
     with pytest.raises(InputError, match=message):
         read_image(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[0, 0.9483237, -0.3173047], [0, 0.9483237, 0.3173047]])
+def test_a_series_of_a_tilted_gantry_is_read_on_the_slanting_grid_of_its_places(tmp_path, rows):
+    for number in range(4):
+        write_dicom(
+            tmp_path / f"{number}.dcm", "1.2.3", value=number, ImagePositionPatient=[5, 7, 4 * number],
+            ImageOrientationPatient=[1, 0, 0, *rows],
+        )  # fmt: skip
+    image = read_image(tmp_path)
+    # In right, anterior, superior; the table moves along the body, not across the slices.
+    expected = np.array([[-1, 0, 0, -5], [0, -rows[1], 0, -7], [0, rows[2], 4, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(image.affine, expected, atol=1e-6)
+    assert image[0, 0, 0].tolist() == [-1000, -998, -996, -994]
+    (item,) = find_images(tmp_path)
+    assert item["spacing"] == pytest.approx([1, 1, 4], rel=1e-6)
 
 
 @pytest.mark.parametrize("places", [(0, 3, 9, 12), (0, 3, 3, 6)])

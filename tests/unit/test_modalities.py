@@ -1,5 +1,6 @@
 """What each modality's preset makes of an image, and what the numbers of a DICOM file mean."""
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -48,6 +49,25 @@ def test_an_image_of_one_value_survives_every_preset(tmp_path, name, array):
     image = preset(name, write_png(tmp_path / "a.png", array))
     assert image.shape == (1, 1, 40, 50)
     torch.testing.assert_close(image.as_tensor(), torch.full((1, 1, 40, 50), array[0, 0] / 255))
+
+
+@pytest.mark.parametrize("shear", [0.4, -0.4])
+@pytest.mark.parametrize("spacing", [None, (3.0, 1.5, 1.5)])
+def test_a_volume_on_a_slanting_grid_is_straightened_and_stays_where_it_was(tmp_path, shear, spacing):
+    affine = np.array([[1.2, 0, 0, -20], [0, 1.4, shear * 4, 9], [0, 0, 4, 30], [0, 0, 0, 1]])
+    size = (44, 40, 12)
+    middle = (affine @ [*((n - 1) / 2 for n in size), 1])[:3]
+
+    def ball(image, places):
+        grid = np.stack(np.meshgrid(*map(np.arange, image), indexing="ij"), axis=-1)
+        return np.linalg.norm(grid @ places[:3, :3].T + places[:3, 3] - middle, axis=-1) < 15
+
+    nib.save(nib.Nifti1Image(2000 * ball(size, affine).astype(np.float32) - 1000, affine), tmp_path / "a.nii")
+    image = preset("ct", tmp_path / "a.nii", spacing=spacing)
+    axes = np.asarray(image.affine)[:3, :3]
+    np.testing.assert_allclose(axes.T @ axes, np.diag(np.square(spacing or (4, 1.4, 1.2))), atol=1e-4)
+    found, expected = image[0].numpy() > 0.5, ball(image.shape[1:], np.asarray(image.affine))
+    assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.93
 
 
 @pytest.mark.parametrize("name", modalities.__all__)

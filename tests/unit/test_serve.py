@@ -15,9 +15,11 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from biovfm_monai import cli
+from biovfm_monai.checkpoints import load_encoder, save_encoder
 from biovfm_monai.data import read_image
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import classify_files, open_bundle, segment_files
+from biovfm_monai.evaluation import classify_files, embed, embed_files, open_bundle, segment_files, transform_of
+from biovfm_monai.networks import Embedder, vit_tiny
 from biovfm_monai.shipped import copy_bundle
 
 THRESHOLD = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1}
@@ -115,6 +117,77 @@ def test_a_label_map_lies_over_a_dicom_series(segmenter, tmp_path):
     assert np.asarray(found.dataobj).sum() == 2 * 15
 
 
+TILT = np.deg2rad(18.5)
+TURN = np.array([[1, 0, 0], [0, np.cos(TILT), -np.sin(TILT)]])
+TILTED_SIZE = (48, 40, 12)
+
+
+def tilted_places():
+    """From voxels of the tilted series to mm in DICOM's axes, by PS3.3 C.7.6.2: the table moves along z alone."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([1.2 * TURN[0], 1.5 * TURN[1], (0, 0, 4)], axis=1)
+    affine[:3, 3] = -20, 13, 100
+    return affine
+
+
+def ball(places):
+    """Which places lie within 15 mm of the middle of the tilted series."""
+    middle = tilted_places() @ [*((n - 1) / 2 for n in TILTED_SIZE), 1]
+    return np.linalg.norm(places - middle[:3], axis=-1) < 15
+
+
+def write_tilted(folder):
+    grid = np.stack(np.meshgrid(*map(np.arange, TILTED_SIZE), indexing="ij"), axis=-1)
+    affine = tilted_places()
+    inside = ball(grid @ affine[:3, :3].T + affine[:3, 3])
+    for number in range(TILTED_SIZE[2]):
+        tags = {
+            "Rows": TILTED_SIZE[1], "Columns": TILTED_SIZE[0], "PixelSpacing": [1.5, 1.2],
+            "ImageOrientationPatient": TURN.round(8).flatten().tolist(),
+            "ImagePositionPatient": [-20, 13, 100 + 4 * number],
+            "PixelData": (900 * inside[..., number].T.astype(np.int16)).tobytes(),
+            **dict.fromkeys(("PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime"), ""),
+            **dict.fromkeys(("AccessionNumber", "StudyID", "SeriesNumber"), "1"),
+            "ReferringPhysicianName": "", "InstanceNumber": number + 1, "FrameOfReferenceUID": "1.2.3",
+            "SliceThickness": 4,
+        }  # fmt: skip
+        write_dicom(folder / f"{number}.dcm", "1.2.9", number, **tags)
+    return inside
+
+
+def on_scanner_axes(voxels, affine):
+    """Resampled by SimpleITK to a grid of the scanner's axes, through a transform, as its own images do not slant."""
+    image = sitk.GetImageFromArray(voxels.astype(np.float32).T)
+    back = np.linalg.inv(affine)
+    slant = sitk.AffineTransform(back[:3, :3].flatten().tolist(), back[:3, 3].tolist())
+    grid = sitk.Image(70, 60, 64, sitk.sitkUInt8)
+    grid.SetOrigin((-30, -5, 80))
+    return sitk.GetArrayFromImage(sitk.Resample(image, grid, slant, sitk.sitkLinear, 0.0, sitk.sitkFloat32)).T > 0.5
+
+
+def test_a_label_map_lies_over_a_series_of_a_tilted_gantry_in_voxels_and_in_the_world(segmenter, tmp_path):
+    inside = write_tilted(tmp_path / "series")
+    assert segment_files(segmenter, [tmp_path / "series"], tmp_path / "out") == (1, [])
+    found = nib.load(tmp_path / "out/series_seg.nii.gz")
+    affine = np.diag([-1, -1, 1, 1]) @ found.affine
+    np.testing.assert_allclose(affine, tilted_places(), atol=1e-4)
+    label = np.asarray(found.dataobj) > 0
+
+    def overlap(one, other):
+        return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+    assert overlap(label, inside) > 0.95
+    straight = on_scanner_axes(label, affine)
+    grid = np.stack(np.meshgrid(*map(np.arange, straight.shape), indexing="ij"), axis=-1)
+    expected = ball(grid + np.array([-30, -5, 80]))
+    assert overlap(straight, expected) > 0.93
+    assert overlap(straight, on_scanner_axes(inside, tilted_places())) > 0.95
+    # Were the shear forgotten, as in a grid of right angles, the ball would lie some voxels off.
+    upright = affine.copy()
+    upright[:3, 2] = 4 * np.cos(TILT) * np.cross(*TURN)
+    assert overlap(on_scanner_axes(label, upright), expected) < 0.8
+
+
 def test_a_dicom_segmentation_has_the_series_study_and_its_frames_in_place(segmenter, tmp_path):
     pytest.importorskip("highdicom")
     series = write_series(tmp_path / "series")
@@ -169,6 +242,35 @@ def test_probabilities_stand_under_the_classes_names(classifier, tmp_path):
     assert out.read_text().startswith("image,x,y")
     with pytest.raises(InputError, match=r"no image could be used\. .*2\.png"):
         cli.classify(str(classifier), str(tmp_path / "2.png"), out=str(out))
+
+
+def test_images_that_cannot_be_embedded_are_set_aside_by_name_and_the_others_are_done(tmp_path):
+    encoder = tmp_path / "encoder.safetensors"
+    save_encoder(vit_tiny(1, (16, 16), 8, depth=1), encoder, {"mean": 0.5, "std": 0.5})
+    rng = np.random.default_rng(0)
+    for name in ("xray/a.png", "xray/b.png", "mri/c.png", "d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 16), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "xray/a.png").write_bytes(b"no image")
+    out = tmp_path / "found.npz"
+    done, aside = embed_files([tmp_path, tmp_path / "gone.png"], encoder, out, "xray")
+    assert done == 2
+    reasons = {one.file.rpartition("/")[2]: one.reason for one in aside}
+    assert {*reasons} == {"a.png", "c.png", "gone.png"}
+    assert "not of modality 'xray' but mri. Give" in reasons["c.png"]
+    with np.load(out) as found:
+        assert [name.rpartition("/")[2] for name in found["files"]] == ["d.png", "b.png"]
+        expected = embed(
+            Embedder(load_encoder(encoder)),
+            [transform_of(encoder)({"image": str(tmp_path / "xray/b.png"), "modality": "xray"})],
+        )
+        np.testing.assert_allclose(found["embeddings"][1], expected[0], atol=1e-6)
+    with (tmp_path / "found-set_aside.csv").open() as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [one.file for one in aside]
+    line = cli.embed(str(tmp_path / "d.png"), str(tmp_path / "mri"), encoder=str(encoder), out=str(out))
+    assert line.startswith(f"{out}: ready, 1 image(s).\nset aside: {tmp_path}/d.png: cannot tell the modality")
+    with pytest.raises(InputError, match=r"no image could be used\. .*a\.png"):
+        cli.embed(str(tmp_path / "xray/a.png"), encoder=str(encoder), out=str(out))
 
 
 @pytest.mark.parametrize(

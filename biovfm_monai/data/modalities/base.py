@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from monai.transforms import (
     ScaleIntensityRangePercentiles,
     Spacing,
     SpatialCrop,
+    SpatialResample,
     Transform,
 )
 from monai.transforms.utils import generate_spatial_bounding_box, get_largest_connected_component_mask
@@ -28,7 +30,8 @@ from biovfm_monai.data.headers import APART
 from biovfm_monai.errors import InputError
 
 __all__ = [
-    "CropToFieldd", "EightBitd", "ForegroundPercentiles", "Resampled", "ShrinkInPlaned", "SlicesFirstd", "geometry",
+    "CropToFieldd", "EightBitd", "ForegroundPercentiles", "Resampled", "ShrinkInPlaned", "SlicesFirstd",
+    "Straightened", "geometry",
 ]  # fmt: skip
 
 # Which way the depth, height and width of a slice stack run: as a radiologist looks at axial, coronal, sagittal slices.
@@ -36,6 +39,7 @@ _VIEWS = {"S": "SPL", "I": "SPL", "A": "PIL", "P": "PIL", "R": "LIP", "L": "LIP"
 _THICK = 1.5
 _COLOUR = 0.1
 _SPECK = 0.01
+_SLANT = 0.01
 
 
 class SlicesFirstd(MapTransform):
@@ -104,6 +108,41 @@ class Resampled(MapTransform):
             if sample[key].shape[1] > 1 and sample[key].pixdim[0] < APART:
                 sample[key] = self.resample(sample[key])
         return sample
+
+
+class Straightened(MapTransform):
+    """Resample volumes, slices first, to a grid of right angles where theirs is none, as of a tilted gantry.
+
+    Each slice stays one, and is shifted within its plane; the grid holds all of them.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+        self.resample = SpatialResample(mode="bilinear", padding_mode="border")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Straighten one sample's images."""
+        sample = dict(data)
+        for key in self.key_iterator(sample):
+            if sample[key].shape[1] > 1 and self._slants(np.asarray(sample[key].affine)):
+                sample[key] = self._straight(sample[key])
+        return sample
+
+    @staticmethod
+    def _slants(affine: np.ndarray) -> bool:
+        axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        return bool(np.abs(axes.T @ axes - np.eye(3)).max() > _SLANT)
+
+    def _straight(self, image: MetaTensor) -> Tensor:
+        affine = np.array(image.affine, dtype=float)
+        turn, steps = np.linalg.qr(affine[:3, 2::-1])
+        straight = affine.copy()
+        straight[:3, 2::-1] = turn * np.diag(steps)
+        corners = np.array([*itertools.product(*((0, n - 1) for n in image.shape[1:]))])
+        places = (corners @ np.linalg.solve(straight[:3, :3], affine[:3, :3]).T).round(3)
+        low, high = np.floor(places.min(0)), np.ceil(places.max(0))
+        straight[:3, 3] += straight[:3, :3] @ low
+        return self.resample(image, dst_affine=straight, spatial_size=(high - low + 1).astype(int).tolist())
 
 
 class ShrinkInPlaned(MapTransform):
@@ -215,6 +254,8 @@ class CropToFieldd(MapTransform):
 
 
 def geometry(keys: KeysCollection, spacing: Sequence[float | None] | None, *steps: Transform) -> Compose:
-    """A preset: slices first, the modality's own steps, volumes in the spacing asked for, the rest within the limit."""
+    """A preset: slices first, the modality's own steps, a straight grid of the spacing asked for, within the limit."""
     size = [] if spacing is None else [Resampled(keys, spacing)]
-    return Compose([SlicesFirstd(keys), *steps, *size, ShrinkInPlaned(keys, volumes=spacing is None)])
+    return Compose(
+        [SlicesFirstd(keys), *steps, Straightened(keys), *size, ShrinkInPlaned(keys, volumes=spacing is None)]
+    )
