@@ -38,10 +38,9 @@ def probe(
         seed: of the untrained weights, the linear probe and the intervals.
     """
     from biovfm_monai.evaluation import Probe, probe_listing  # noqa: PLC0415
-    from biovfm_monai.evaluation.benchmarks import dataset, medmnist  # noqa: PLC0415
+    from biovfm_monai.evaluation.benchmarks import open_benchmark  # noqa: PLC0415
 
-    path, names = str(benchmark), [probes] if isinstance(probes, str) else list(probes)
-    data = medmnist(path) if path.endswith(".npz") else dataset(path, task, modality)
+    names, data = [probes] if isinstance(probes, str) else list(probes), open_benchmark(str(benchmark), task, modality)
     run = Probe(encoder, data, names, img_size, cache, device, batch_size, seed=seed, output_path=out)
     return probe_listing(run.run())
 

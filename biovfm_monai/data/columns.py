@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from biovfm_monai.data.mixture import Labels
+from biovfm_monai.data.mixture import Labels, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of
 from biovfm_monai.data.store import Store
 
-__all__ = ["Columns", "columns_of_items", "columns_of_store", "cut_degree", "labels_of", "least_size"]
+__all__ = ["Columns", "columns_of_items", "columns_of_store", "cut_degree", "least_size", "share_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,12 @@ def _note_thin(count: int, of: int) -> None:
             count,
             of,
         )
+
+
+def share_of(data: Sequence[dict[str, Any]], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images of a store or a datalist belong to a share of the subjects of each source, as in `subset`."""
+    of = data.labels if isinstance(data, Store) else partial(labels_of, data)
+    return subset(of("source"), fraction, seed, of("subject"))
 
 
 def labels_of(data: Sequence[Mapping[str, Any]], key: str) -> Labels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from multiprocessing.dummy import DummyProcess
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from biovfm_monai.anisotropy import spacing_of
-from biovfm_monai.data.columns import columns_of_items, columns_of_store, cut_degree, labels_of, least_size
+from biovfm_monai.data.columns import columns_of_items, columns_of_store, cut_degree, least_size, share_of
 from biovfm_monai.data.encoding import shares
-from biovfm_monai.data.mixture import Labels, Mixture, mixed, subset
+from biovfm_monai.data.mixture import Labels, Mixture, mixed
 from biovfm_monai.data.preprocessing import crop_of_degree, source_of
 from biovfm_monai.data.store import Store, StoredImage
 from biovfm_monai.errors import InputError, UnreadableError, is_unreadable, reason_of
@@ -53,7 +54,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
         seed: of the order and of the crops' places.
         cache_rate: share of the images that is kept in memory; the others are read again for every crop.
         num_workers: threads that fill the memory.
-        fraction: share of each source's images that is used, as in `subset`.
+        fraction: share of each source's subjects that is used, as in `subset`.
         zoom: least and largest number of the image's voxels per voxel of a crop, between which one is drawn for each
             crop, evenly by its logarithm; at most what the image holds. Thick slices are zoomed in their plane, and as
             far as their degree stays the same; nearly isotropic volumes along all axes, in three of ten crops up to
@@ -93,9 +94,9 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             self.images, self._transform = data, transform
             columns = columns_of_store(data, self.crop_size, self.zoom[0])
             if fraction != 1:
-                columns.usable[:] &= subset(columns.source, fraction, seed)
+                columns.usable[:] &= share_of(data, fraction, seed)
         else:
-            items = data if fraction == 1 else _share(data, fraction, seed)
+            items = data if fraction == 1 else list(compress(data, share_of(data, fraction, seed)))
             # MONAI takes a Compose inside another for random, and would keep nothing of it.
             checked = Compose([transform, _LargeEnough(self.crop_size, self.zoom[0])]).flatten()
             self.images, self._transform = _cached(items, checked, cache_rate, num_workers), None
@@ -212,11 +213,6 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
 
 def _floating(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "image": shares(sample["image"])}
-
-
-def _share(items: Sequence[dict[str, Any]], fraction: float, seed: int) -> list[dict[str, Any]]:
-    kept = subset(labels_of(items, "source"), fraction, seed)
-    return [item for item, keep in zip(items, kept, strict=True) if keep]
 
 
 def _cached(

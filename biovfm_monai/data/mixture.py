@@ -204,19 +204,24 @@ class Mixture:
         return result
 
 
-def subset(source: Labels, fraction: float, seed: int = 0) -> NDArray[np.bool_]:
+def subset(source: Labels, fraction: float, seed: int = 0, subject: Labels | None = None) -> NDArray[np.bool_]:
     """Which images belong to a share of every source; a smaller share lies inside a larger one of the same seed.
 
     Args:
         source: of each image.
         fraction: above 0, at most 1; every source keeps at least one image.
         seed: of the choice.
+        subject: of each image, "" where it is unknown: the share is then one of subjects, with all their images; an
+            image of no known subject is a subject of its own.
 
     Raises:
         InputError: when the fraction means nothing.
     """
     if not 0 < fraction <= 1:
         raise InputError(f"fraction {fraction} must be above 0 and at most 1. Give 0.1 for a tenth of the images.")
+    if subject is not None:
+        shown, number = _subjects(source, subject)
+        return subset(Labels(source.codes[shown], source.names), fraction, seed)[number]
     order = np.argsort(source.codes, kind="stable").astype(np.uint32)
     sizes = np.bincount(source.codes, minlength=len(source.names))
     kept = np.zeros(len(order), dtype=bool)
@@ -226,6 +231,15 @@ def subset(source: Labels, fraction: float, seed: int = 0) -> NDArray[np.bool_]:
             chosen = permute(np.arange(first, min(first + _CHUNK, count)), size, mixed(seed, 4, code))
             kept[order[end - size + chosen]] = True
     return kept
+
+
+def _subjects(source: Labels, subject: Labels) -> tuple[Integers, Integers]:
+    """An image of each subject, in the order of their codes, and the number of each image's subject among them."""
+    who = source.codes.astype(np.int64) * len(subject.names) + subject.codes
+    unknown = np.array([not name for name in subject.names])[subject.codes]
+    who[unknown] = len(source.names) * len(subject.names) + np.flatnonzero(unknown)
+    _, first, number = np.unique(who, return_index=True, return_inverse=True)
+    return first, number
 
 
 def _likeness(alike: NDArray[Any] | None) -> tuple[Labels, NDArray[np.float64]]:

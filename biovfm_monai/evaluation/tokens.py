@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import MAEMetric, PSNRMetric
+from PIL import Image
 from torch import Tensor
 
 from biovfm_monai.checkpoints import load_tokenizer
 from biovfm_monai.data import RandomCropDataset, training_transform
 from biovfm_monai.errors import require_within
 from biovfm_monai.evaluation.embed import preprocessing_of
-from biovfm_monai.files import write_json
+from biovfm_monai.files import write_atomically, write_json
 from biovfm_monai.losses.quantiser import code_entropy
+from biovfm_monai.sheet import draw_sheet, middle_slice
 
 __all__ = ["TokenizerProbe"]
 
@@ -35,7 +37,8 @@ class TokenizerProbe:
         crop_size, zoom, seed: of the crops, as of `RandomCropDataset`.
         num_crops: how many.
         device: where the tokenizer runs.
-        output_path: JSON file for the scores; None for no file.
+        output_path: JSON file for the scores; beside it comes a picture, .png: of each modality and degree the crop
+            that varies most, and what is decoded. None for no files.
 
     Raises:
         InputError: when the file cannot be used, or there is no crop.
@@ -72,11 +75,16 @@ class TokenizerProbe:
         """
         errors: dict[str, list[tuple[float, float]]] = {}
         share, likeliest = torch.zeros(self.tokenizer.num_codes, dtype=torch.float64), set[int]()
-        tokens, entropy = 0, 0.0
+        tokens, entropy, shown = 0, 0.0, dict[str, tuple[np.ndarray, np.ndarray]]()
         for number in range(self.num_crops):
             sample = self.crops[number]
             degree = sample.get("anisotropy", 5)
-            error, log_p = self._decoded(sample["image"].float().to(self.device), degree)
+            image = sample["image"].float().to(self.device)
+            decoded, log_p = self._decoded(image, degree)
+            error = float(MAEMetric()(decoded, image[None])), float(PSNRMetric(max_val=1.0)(decoded, image[None]))
+            kind, pair = f"{sample['modality']}, degree {degree}", (middle_slice(image), middle_slice(decoded[0]))
+            if kind not in shown or pair[0].std() > shown[kind][0].std():
+                shown[kind] = pair
             for name in ("all", sample["modality"], f"anisotropy {degree}"):
                 errors.setdefault(name, []).append(error)
             p = log_p.exp().transpose(0, 1).flatten(1).double().cpu()
@@ -90,14 +98,15 @@ class TokenizerProbe:
             logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in of.items()))
         if self.output_path is not None:
             write_json(self.output_path, scores)
+            with write_atomically(Path(self.output_path).with_suffix(".png")) as draft:
+                rows = [[(kind, shown[kind][0]), ("decoded", shown[kind][1])] for kind in sorted(shown)]
+                Image.fromarray(draw_sheet(rows)).save(draft, format="PNG")
         return scores
 
-    def _decoded(self, image: Tensor, degree: int) -> tuple[tuple[float, float], Tensor]:
-        """L1 distance and PSNR in dB of what is decoded of a crop, and the logarithms of its soft tokens."""
+    def _decoded(self, image: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+        """What is decoded of a crop, in [0, 1], and the logarithms of its soft tokens."""
         log_p = self.tokenizer(((image - self.mean) / self.std)[None], degree).float().log_softmax(1)
-        decoded = (self.tokenizer.decode(log_p.exp(), degree) * self.std + self.mean).clamp(0, 1)
-        pair = decoded, image[None]
-        return (float(MAEMetric()(*pair)), float(PSNRMetric(max_val=1.0)(*pair))), log_p
+        return (self.tokenizer.decode(log_p.exp(), degree) * self.std + self.mean).clamp(0, 1), log_p
 
 
 def _codes(share: Tensor) -> dict[str, float]:

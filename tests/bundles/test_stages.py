@@ -97,6 +97,8 @@ def test_evaluation_of_a_tokenizer_writes_what_is_lost_and_which_codes_are_used(
         {"probe::num_crops": 12, "probe::crop_size": [16, 32, 32], "probe::seed": 4},
     )
     scores = json.loads((first / "eval/tokenizer.json").read_text())
+    with Image.open(first / "eval/tokenizer.png") as picture:
+        assert picture.height > 192 * sum(name.startswith("anisotropy") for name in scores)
     assert scores["all"]["crops"] == 12
     assert {"anisotropy 0", "anisotropy 3", "anisotropy 5", "mri"} <= set(scores)
     assert 0 < scores["all"]["l1"] < 1

@@ -131,6 +131,26 @@ def test_a_small_share_of_the_images_lies_inside_a_large_one(sizes, small, large
     assert subset(source, 1.0, seed).all()
 
 
+@given(
+    known=st.lists(st.integers(0, 12), min_size=1, max_size=60), small=st.floats(0.01, 1), large=st.floats(0.01, 1),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_the_subjects_has_all_their_images_and_lies_inside_a_larger_one(known, small, large, seed):
+    source = Labels.of([str(number % 2) for number in range(len(known))])
+    # Both sources have subjects of the same names, and images of unknown ones.
+    subject = Labels.of(["" if number == 0 else f"patient {number}" for number in known])
+    small, large = sorted((small, large))
+    inner, outer = subset(source, small, seed, subject), subset(source, large, seed, subject)
+    assert (outer | ~inner).all()
+    who = [(n % 2, number or f"image {n}") for n, number in enumerate(known)]
+    kept = {one for one, keep in zip(who, inner, strict=True) if keep}
+    assert [one in kept for one in who] == inner.tolist()
+    for code in range(len(source.names)):
+        count = len({one for one in who if one[0] == code})
+        assert len({one for one in kept if one[0] == code}) == max(np.rint(small * count), 1)
+
+
 def test_another_seed_chooses_other_images():
     assert not np.array_equal(subset(labels(100), 0.3, 0), subset(labels(100), 0.3, 1))
 

@@ -13,7 +13,7 @@ from programs import run_python, started
 from biovfm_monai import cli
 from biovfm_monai.checkpoints import encoder_info
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.scaling import execute, fit_table, plan_study, run_study
+from biovfm_monai.evaluation.scaling import execute, fit_table, launch, plan_study, run_study
 from biovfm_monai.evaluation.scaling.study import read_study
 
 SMALL = {
@@ -97,7 +97,10 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
     ("changed", "words"),
     [
         ({"bundle": "nothing"}, "there is no bundle 'nothing'"),
-        ({"methods": ["mae", "knn_probe"]}, "there is no method 'knn_probe', but barlow_twins, dinov2"),
+        (
+            {"methods": ["mae", "knn_probe"]},
+            "there is no method 'knn_probe', but barlow_twins, .*, simmim, vicreg",
+        ),
         ({"presets": ["vit_giant"]}, "there is no preset 'vit_giant', but spad_vit_base"),
         ({"presets": None}, "has no 'presets'"),
         ({"presets": {"24": 3}}, "presets, 24: 3 must be an object"),
@@ -105,7 +108,7 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
         ({"fractions": 0.5}, "fractions 0.5 must be a list"),
         ({"seeds": [0.5]}, "seeds 0.5 must be a whole number"),
         ({"seed": [1]}, "seed mean.s. nothing; known are bundle, settings"),
-        ({"benchmarks": {"a": "/nowhere"}}, "benchmarks, a: /nowhere is not there"),
+        ({"benchmarks": {"a": "/nowhere"}}, "benchmarks, a: /nowhere: no such folder"),
         ({"benchmarks": {"a": {"task": "x"}}}, "benchmarks, a: .* must be a path, or an object with path"),
         ({"settings": 3}, "settings must be an object"),
     ],
@@ -135,14 +138,18 @@ def test_a_plan_has_a_line_for_each_run_and_one_for_all(study):
 
 
 def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp_path):
-    one = {"seeds": [0], "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear"]}}}
+    one = {
+        "seeds": [0],
+        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear"]}},
+        "fractions": [0.5],
+    }
     path, out = study(**one), tmp_path / "my results"
     calls.broken = ("mae_48",)
     table, failed = run_study(path, out)
-    assert list(failed) == ["mae_48_all_1_0"]
-    assert failed["mae_48_all_1_0"].endswith("log.txt: it is broken. Mend it.")
+    assert list(failed) == ["mae_48_all_0.5_0"]
+    assert failed["mae_48_all_0.5_0"].endswith("log.txt: it is broken. Mend it.")
     assert len(calls) == 2 + 1
-    assert set(pd.read_parquet(table)["run"]) == {"mae_24_all_1_0"}
+    assert set(pd.read_parquet(table)["run"]) == {"mae_24_all_0.5_0"}
 
     calls.broken = ()
     calls.clear()
@@ -157,6 +164,7 @@ def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp
     assert set(rows["protocol"]) == {"knn probe", "linear probe"}
     assert rows[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
     assert (rows["samples"] == 24).all()
+    assert (rows["images"] == 5).all()
     for run, row in zip(read_study(path), rows[::2].to_dict("records"), strict=True):
         assert row["flops"] == pytest.approx(run.plan().flops)
         assert row["encoder_parameters"] == run.plan().encoder_parameters
@@ -181,7 +189,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.01)
     # The training has outlived what started it.
-    with execute._alone(first / ".lock"):
+    with launch.alone(first / ".lock"):
         assert (first / "models/encoder.safetensors").exists()
     assert not (out / "runs.parquet").exists()
     table, failed = run_study(path, out)
@@ -196,6 +204,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
     assert list(rows["samples"]) == [120, 120]
 
 
+@pytest.mark.slow
 def test_an_array_job_does_what_processes_here_do(study, tmp_path):
     pytest.importorskip("submitit")
     broken = study(presets={"24": WIDTHS["24"]}, seeds=[0], benchmarks=None, settings={**SMALL, "dataset_dir": "none"})
@@ -206,17 +215,17 @@ def test_an_array_job_does_what_processes_here_do(study, tmp_path):
 
 @pytest.mark.parametrize(("launcher", "words"), [("k8s", "launcher 'k8s' is unknown"), ("ray", "needs ray. Install")])
 def test_a_launcher_that_is_not_there_is_named(study, tmp_path, monkeypatch, launcher, words):
-    monkeypatch.setattr(execute, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=words):
         run_study(study(), tmp_path / "out", launcher)
 
 
 def test_runs_on_one_machine_take_gpus_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(execute.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with execute._gpu(tmp_path) as first, execute._gpu(tmp_path) as second, execute._gpu(tmp_path) as third:
+    with launch.gpu(tmp_path) as first, launch.gpu(tmp_path) as second, launch.gpu(tmp_path) as third:
         assert (first, second, third) == ("2", "5", "2")
-    with execute._gpu(tmp_path) as again:
+    with launch.gpu(tmp_path) as again:
         assert again == "2"
 
 

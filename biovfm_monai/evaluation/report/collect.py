@@ -212,5 +212,6 @@ _READERS = {
     "log.jsonl": _log, "tensorboard": _tensorboard, "encoder.safetensors": _network,
     "tokenizer.safetensors": _network, "metadata.json": _metadata, "knn.json": _knn, "knn_images.npz": _knn_images,
     "tokenizer.json": _json, "metrics.csv": _metrics, "probabilities.csv": _probabilities,
-    "embeddings.csv": _embeddings, "neighbours.png": _picture, "reconstruction.png": _picture, "overlay.png": _picture,
+    "embeddings.csv": _embeddings, "neighbours.png": _picture, "reconstruction.png": _picture,
+    "tokenizer.png": _picture, "overlay.png": _picture,
 }  # fmt: skip

@@ -15,7 +15,7 @@ _TABLES = ("runs.csv", "runs.parquet")
 # What tells a folder from one that has nothing to do with runs.
 _MARKS = (
     "log.jsonl", "knn.json", "tokenizer.json", "metrics.csv", "probabilities.csv", "embeddings.csv",
-    "reconstruction.png", "overlay.png", "encoder.safetensors", "tokenizer.safetensors",
+    "reconstruction.png", "tokenizer.png", "overlay.png", "encoder.safetensors", "tokenizer.safetensors",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ __all__ = ["Section", "Table", "sections_of"]
 
 _PICTURES = {
     "neighbours.png": ("Nearest neighbours", "test images, each with the training images most like it"),
+    "tokenizer.png": ("Decoded tokens", "crops of each kind of image, and what the tokenizer decodes of them"),
     "reconstruction.png": ("Reconstructions", "images, what the network saw of them, and what it made of that"),
     "overlay.png": ("Segmentation overlays", "images, their true labels and those predicted"),
 }

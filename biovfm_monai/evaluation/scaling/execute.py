@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-import joblib
 import pandas as pd
-import torch
+from monai.bundle import ConfigParser
 
 from biovfm_monai.checkpoints import encoder_info
-from biovfm_monai.data.jobs import share_out
-from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.evaluation.scaling.study import StudyRun, read_study
+from biovfm_monai.data.columns import share_of
+from biovfm_monai.errors import InputError, reason_of, require_within
+from biovfm_monai.evaluation.scaling.launch import alone, gpu, launched
+from biovfm_monai.evaluation.scaling.study import FRACTION, StudyRun, read_study
 from biovfm_monai.files import write_atomically, write_json
 
 __all__ = ["finish_run", "run_study"]
 
 logger = logging.getLogger(__name__)
 
-_LAUNCHERS = {"local": None, "ray": "ray", "slurm": "submitit"}
-"""How runs are started, and what has to be installed for it."""
+# In a folder of their own, so that a report does not take them for scores.
+_RUN, _SETTINGS, _TRAINED = "study/run.json", "study/settings.json", "study/trained.json"
 
 
 def run_study(
@@ -63,7 +59,7 @@ def run_study(
     runs = read_study(path)
     folders = [_prepared(run, Path(out) / "runs" / run.name) for run in runs]
     table, failed = Path(out) / "runs.parquet", {}
-    for folder, reason in _launched(folders, Path(out), launcher, workers, options or {}):
+    for folder, reason in launched(finish_run, folders, Path(out), launcher, workers, options or {}):
         if reason is None:
             _write_table(folders, table)
         else:
@@ -72,33 +68,35 @@ def run_study(
     return table, failed
 
 
-def finish_run(folder: Path) -> tuple[Path, str | None]:
-    """Do what a run still lacks.
+def finish_run(folder: Path) -> str | None:
+    """Do what a run still lacks; the reason why that failed, if it did."""
+    try:
+        return _finished(folder, json.loads((folder / _RUN).read_text(encoding="utf-8")))
+    except (OSError, KeyError, ValueError) as error:
+        return reason_of(error)
 
-    Returns:
-        The folder, and why it failed; None where it did not.
-    """
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    with _alone(folder / ".lock") as lock, _gpu(folder.parent.parent) as device:
+
+def _finished(folder: Path, run: Mapping[str, Any]) -> str | None:
+    with alone(folder / ".lock") as lock, gpu(folder.parent.parent) as device:
         for file, command in _commands(folder, run, "cpu" if device is None else "cuda"):
             if not (folder / file).exists() and (reason := _failure(folder, command, lock, device)):
-                return folder, reason
-            if file == "trained.json":
+                return reason
+            if file == _TRAINED:
                 _note_training(folder, run)
-    return folder, None
+    return None
 
 
 def _prepared(run: StudyRun, folder: Path) -> Path:
     """Write down what a run is, once; what is planned of it becomes part of its rows."""
     given = {"files": list(run.files), "settings": run.settings, "benchmarks": run.benchmarks}
-    path = folder / "run.json"
+    path = folder / _RUN
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         _require_same(path, known, json.loads(json.dumps(given)))
     else:
         plan = run.plan()
         planned = {"encoder_parameters": plan.encoder_parameters, "flops_per_image": plan.cost.flops}
-        write_json(folder / "settings.json", run.settings)
+        write_json(folder / _SETTINGS, run.settings)
         write_json(path, {"about": run.about, **given, **planned})
     return folder
 
@@ -118,9 +116,9 @@ def _require_same(path: Path, known: Mapping[str, Any], given: Mapping[str, Any]
 
 def _commands(folder: Path, run: Mapping[str, Any], device: str) -> Iterator[tuple[str, list[str]]]:
     """Files that a run leaves, in order, and the arguments of Python that make them."""
-    files = [*run["files"], str(folder / "settings.json")]
+    files = [*run["files"], str(folder / _SETTINGS)]
     train = ["-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(folder), "--resume", "True"]
-    yield "trained.json", train
+    yield _TRAINED, train
     encoder = str(folder / "models/encoder.safetensors")
     for name, given in run["benchmarks"].items():
         options = {**given, "device": device, "cache": str(folder / "features"), "out": str(folder / _scores(name))}
@@ -159,22 +157,33 @@ def _call(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
 
 def _note_training(folder: Path, run: Mapping[str, Any]) -> None:
     """Keep what the training took and found."""
-    if (folder / "trained.json").exists():
+    if (folder / _TRAINED).exists():
         return
     lines = [json.loads(line) for line in (folder / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    # A run that was killed has lost the line of its last steps, so time is by the samples that have one.
+    logged = sum(line["seconds"] * line["images_per_second"] for line in lines)
     samples = encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"]
     found = {
-        "samples": samples, "flops": samples * run["flops_per_image"], "loss": lines[-1]["loss"],
-        "seconds": round(sum(line["seconds"] for line in lines), 3),
+        "images": _images(folder, run), "samples": samples, "flops": samples * run["flops_per_image"],
+        "loss": lines[-1]["loss"], "seconds": samples * sum(line["seconds"] for line in lines) / logged,
     }  # fmt: skip
-    write_json(folder / "trained.json", found)
+    write_json(folder / _TRAINED, found)
+
+
+def _images(folder: Path, run: Mapping[str, Any]) -> int:
+    """How many images it was shown crops of."""
+    parser = ConfigParser()
+    parser.read_config([*run["files"], str(folder / _SETTINGS)])
+    parser["bundle_root"] = str(folder)
+    items, fraction, seed = (parser.get_parsed_content(key) for key in ("datalist", FRACTION, "seed"))
+    return int(share_of(items, fraction, seed).sum())
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     """What a run found, if it is finished."""
-    if not (folder / "trained.json").exists():
+    if not (folder / _TRAINED).exists():
         return
-    run, trained = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "trained.json"))
+    run, trained = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_RUN, _TRAINED))
     row = {"run": folder.name, **run["about"], "encoder_parameters": run["encoder_parameters"], **trained}
     if not run["benchmarks"]:
         yield row
@@ -191,63 +200,3 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 def _write_table(folders: Sequence[Path], table: Path) -> None:
     with write_atomically(table) as draft:
         pd.DataFrame([row for folder in folders for row in _rows(folder)]).to_parquet(draft)
-
-
-def _launched(
-    folders: Sequence[Path], out: Path, launcher: str, workers: int, options: Mapping[str, Any]
-) -> Iterator[tuple[Path, str | None]]:
-    """Runs as they end."""
-    if launcher not in _LAUNCHERS:
-        raise InputError(f"launcher {launcher!r} is unknown. Give one of {', '.join(_LAUNCHERS)}.")
-    needed = _LAUNCHERS[launcher]
-    if needed is not None and find_spec(needed) is None:
-        raise InputError(f"launcher {launcher} needs {needed}. Install biovfm-monai[{launcher}].")
-    if launcher == "slurm":
-        import submitit  # noqa: PLC0415 - an extra
-
-        # Where there is no Slurm it starts processes on this machine.
-        executor = submitit.AutoExecutor(folder=out / "slurm")
-        executor.update_parameters(**{"slurm_array_parallelism": workers, **options})
-        jobs = executor.map_array(finish_run, folders)
-        yield from (job.result() for job in submitit.helpers.as_completed(jobs))
-        return
-    if launcher == "ray":
-        from ray.util.joblib import register_ray  # noqa: PLC0415 - an extra
-
-        register_ray()
-    # Work is done in processes of its own, so threads are enough here.
-    with joblib.parallel_config(backend="ray" if launcher == "ray" else "threading"):
-        yield from share_out((joblib.delayed(finish_run)(folder) for folder in folders), workers, ordered=False)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[IO[str]]:
-    """Wait until no other process works in a folder, even one that has outlived what started it."""
-    with path.open("w", encoding="utf-8") as lock:
-        if not _taken(lock):
-            logger.info("%s: another process is at work there, and is waited for", path.parent)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
-
-
-@contextmanager
-def _gpu(out: Path) -> Iterator[str | None]:
-    """A GPU of this machine that no other run of the study has, or the first one; None where there is none."""
-    if not torch.cuda.is_available():
-        yield None
-        return
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [str(n) for n in range(torch.cuda.device_count())] if given is None else given.split(",")
-    with ExitStack() as opened:
-        locks = ((out / f".gpu-{platform.node()}-{device}").open("w", encoding="utf-8") for device in devices)
-        free = (device for device, lock in zip(devices, locks, strict=True) if _taken(opened.enter_context(lock)))
-        yield next(free, devices[0])
-
-
-def _taken(lock: IO[str]) -> bool:
-    """Take a lock, if no other process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -13,11 +13,13 @@ from typing import Any
 
 from biovfm_monai import networks
 from biovfm_monai.engines import Plan, make_plan, measured_rate, plan_cells, table_of
-from biovfm_monai.errors import InputError, require_within
+from biovfm_monai.errors import InputError, reason_of, require_within
+from biovfm_monai.evaluation.benchmarks import open_benchmark
 from biovfm_monai.shipped import shipped_folder
 
-__all__ = ["StudyRun", "plan_study", "read_study"]
+__all__ = ["FRACTION", "StudyRun", "plan_study", "read_study"]
 
+FRACTION = "train#dataset#fraction"
 _AXES = {"methods": "method", "presets": "preset", "modalities": "modality", "fractions": "fraction", "seeds": "seed"}
 _KEYS = ("bundle", "settings", "benchmarks", *_AXES)
 _PROBE = ("path", "task", "modality", "probes", "img_size", "batch_size")
@@ -150,7 +152,9 @@ def _meant(path: str | Path, axis: str, name: Any, own: bool) -> dict[str, Any]:
     """What the name of a choice stands for; of a preset with settings of its own it may be any."""
     if axis == "methods":
         overlays = shipped_folder("configs").glob("*.json")
-        known = sorted(file.stem for file in overlays if "method" in json.loads(file.read_text(encoding="utf-8")))
+        of = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in overlays}
+        # One with an encoder of its own trains something else.
+        known = sorted(name for name, content in of.items() if "method" in content and "encoder" not in content)
         if name not in known:
             raise InputError(f"{path}: there is no method {name!r}, but {', '.join(known)}. Correct it.")
         return {}
@@ -163,7 +167,7 @@ def _meant(path: str | Path, axis: str, name: Any, own: bool) -> dict[str, Any]:
         return {"encoder": target} if name in known else {}
     if axis == "fractions":
         require_within(0, 1, above=True, fractions=name)
-        return {"train#dataset#fraction": name}
+        return {FRACTION: name}
     if axis == "seeds":
         require_within(0, whole=True, seeds=name)
         return {"seed": name}
@@ -177,7 +181,10 @@ def _probed(path: str | Path, name: str, given: Any) -> dict[str, Any]:
             f"{path}: benchmarks, {name}: {given!r} must be a path, or an object with path and maybe "
             f"{', '.join(_PROBE[1:])}. Correct it."
         )
-    where = Path(options["path"]).expanduser().resolve()
-    if not where.exists():
-        raise InputError(f"{path}: benchmarks, {name}: {where} is not there. Correct it.")
-    return {**options, "path": str(where)}
+    where = str(Path(options["path"]).expanduser().resolve())
+    try:
+        # Better now than after hours of training.
+        open_benchmark(where, options.get("task"), options.get("modality")).labels()
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: benchmarks, {name}: {reason_of(error)}") from error
+    return {**options, "path": where}
