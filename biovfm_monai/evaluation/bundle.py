@@ -95,11 +95,10 @@ def weights_of(config: ConfigParser) -> Path:
     """The file with the weights of a bundle's network: its ckpt_path, or the encoder_path of one that is an encoder.
 
     Raises:
-        InputError: when the configuration has neither.
+        InputError: when the configuration does not say where it is.
     """
     key = next((key for key in _WEIGHTS if key in config), None)
-    if key is None:
-        raise InputError(
-            f"{config['bundle_root']}/{_CONFIG}: has no key {' or '.join(_WEIGHTS)}. Say where the weights are."
-        )
-    return Path(config.get_parsed_content(key))
+    path = None if key is None else config.get_parsed_content(key)
+    if path is None:
+        raise InputError(f"{config['bundle_root']}/{_CONFIG}: has no {key or ' or '.join(_WEIGHTS)}. Give one.")
+    return Path(path)

@@ -106,9 +106,11 @@ def test_weights_of_another_network_are_an_error_at_every_request(tmp_path):
 def test_a_bundle_that_names_no_weights_is_no_network_as_it_was_drawn(tmp_path):
     root = copy_bundle("brain_mri_segmentation", tmp_path)
     config = json.loads((root / "configs/inference.json").read_text())
+    with pytest.raises(InputError, match=r"has no ckpt_path\. Give one"):
+        open_bundle(root, {"ckpt_path": None})
     del config["ckpt_path"], config["encoder_path"]
     (root / "configs/inference.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="has no key ckpt_path or encoder_path"):
+    with pytest.raises(InputError, match="has no ckpt_path or encoder_path"):
         open_bundle(root)
 
 

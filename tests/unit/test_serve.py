@@ -273,6 +273,18 @@ def test_images_that_cannot_be_embedded_are_set_aside_by_name_and_the_others_are
         cli.embed(str(tmp_path / "xray/a.png"), encoder=str(encoder), out=str(out))
 
 
+def test_a_dicom_segmentation_of_a_tilted_gantry_has_each_slices_place(segmenter, tmp_path):
+    pytest.importorskip("highdicom")
+    inside = write_tilted(tmp_path / "series")
+    assert segment_files(segmenter, [tmp_path / "series"], tmp_path / "out", dicom_seg=True) == (1, [])
+    made = pydicom.dcmread(tmp_path / "out/series_seg.dcm")
+    for frame, pixels in zip(made.PerFrameFunctionalGroupsSequence, made.pixel_array, strict=True):
+        x, y, z = frame.PlanePositionSequence[0].ImagePositionPatient
+        assert (x, y) == (-20, 13)
+        expected = inside[..., round((z - 100) / 4)].T
+        assert (pixels.astype(bool) != expected).mean() < 0.01
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"), [({"clases": ["a"]}, "has no key 'clases'"), ({"classes": ["a"]}, "do not fit the network")]
 )
