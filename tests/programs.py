@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -114,7 +115,8 @@ def _program(arguments, cwd, env, printed):
     except BaseException:  # noqa: BLE001 - what ends a program is shown by its hook
         sys.excepthook(*sys.exc_info())
         status = 1
-    # Processes of multiprocessing end without it.
+    # Processes of multiprocessing end without them; a pool would be waited for until it is tired of having no work.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
