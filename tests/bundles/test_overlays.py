@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
+from monai.bundle import ConfigParser
 from workflows import run
 
 from biovfm_monai import methods
@@ -52,6 +53,37 @@ def test_an_overlay_of_a_method_trains_and_leaves_a_network(root, method):
     assert encoder(torch.zeros(1, encoder.in_channels, *size)).isfinite().all()
     lines = (root / "eval/log.jsonl").read_text().splitlines()
     assert torch.tensor(json.loads(lines[-1])["loss"]).isfinite()
+
+
+OF_THE_DATA = [
+    "section", "modality", "dataset_dir", "tokenizer_path", "batch_size", "in_channels", "img_size", "crop_size",
+    "patch_size", "encoder", "train#dataset#zoom",
+]  # fmt: skip
+TAKING_OVERLAYS = sorted({path.name for path in ROOT.glob("bundles/*_pretraining")} - {"spad_tokenizer_pretraining"})
+
+
+@pytest.mark.parametrize("bundle", TAKING_OVERLAYS)
+@pytest.mark.parametrize("method", [*METHODS, "mae"])
+def test_an_overlay_leaves_nothing_of_a_bundles_own_method(bundle, method):
+    merged = []
+    for name in (bundle, "biovfm_mae_pretraining"):
+        parser = ConfigParser()
+        parser.read_config([str(ROOT / f"bundles/{name}/configs/train.json"), str(ROOT / f"configs/{method}.json")])
+        parser.update(dict.fromkeys(OF_THE_DATA))
+        merged.append(parser.config)
+    assert merged[0] == merged[1]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "method"),
+    [("biovfm_dinov2_pretraining", "mae"), ("spad_mim_pretraining", "dinov2"), ("spad_mim_pretraining", "moco_v3")],
+)
+def test_an_overlay_trains_on_the_bundle_of_another_method(tmp_path, samples, bundle, method):
+    copy = copy_bundle(bundle, tmp_path)
+    shutil.copytree(samples, copy / "samples")
+    sizes = {} if bundle == "spad_mim_pretraining" else {"img_size": [32, 32], "crop_size": [32, 32]}
+    run(copy, "train", method, "smoke", batch_size=4, **sizes, **SMALL.get(method, {}), **{"encoder::depth": 1})
+    assert load_encoder(copy / "models/encoder.safetensors").embed_dim == 192
 
 
 def test_an_overlay_lets_a_run_score_a_labelled_handful_after_each_epoch(tmp_path, samples):
