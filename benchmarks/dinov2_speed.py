@@ -10,7 +10,8 @@ the teacher's weights one by one. Its encoder and its masks
 are ours, which leaves both the same blocks, with a mean drop-path rate of lightly's 0.1. Ours are `MultiCrop`,
 `DINOv2`, which packs views and shares out by Sinkhorn, and a fused AdamW. All variants take turns, and medians are
 compared. `--ready` makes the views once, as if enough other processes made them. On a GPU ours is measured with
-ViT-L/16, too; "share" is as in `mae_speed.py`, of the operations of one draw of drop-path.
+ViT-L/16, too; bf16 is left out on processors without; "share" is as in `mae_speed.py`, of the operations of one draw
+of drop-path.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 from views_speed import ours as our_views
 from views_speed import peers as peers_views
+from views_speed import peers_changes
 
-from biovfm_monai.data import NATURAL
+from biovfm_monai.engines import fast_precision
 from biovfm_monai.methods import DINOv2
 from biovfm_monai.networks import ViT, vit_large, vit_small
 from biovfm_monai.networks.masking import block_mask
@@ -176,7 +178,7 @@ def sources(arguments: argparse.Namespace) -> tuple[Callable[[], Batch], Callabl
     cuts = np.stack([photograph[y : y + 256, x : x + 256] for y, x in starts])
     image = torch.from_numpy(cuts).permute(0, 3, 1, 2)[:, :, None].contiguous()
     pictures = [Image.fromarray(cut) for cut in cuts]
-    views = our_views(NATURAL, arguments.img_size, arguments.local_size)
+    views = our_views(peers_changes(), arguments.img_size, arguments.local_size)
 
     def peers() -> Batch:
         made = [view.to(device) for view in peers_views(pictures, arguments.img_size, arguments.local_size)]
@@ -229,11 +231,12 @@ def main() -> None:
     method = our_method(vit_small(3, size, drop_path_rate=0.2), arguments)
     peer = Peer(vit_small(3, size, drop_path_rate=0.2), arguments.prototypes).to(device)
     flops = {"ViT-S": count_flops(method, ours())}
-    calls = {
-        "ours fp32": our_step(method, ours, None, device), "ours bf16": our_step(method, ours, bf16, device),
-        "peer fp32": peers_step(peer, peers, None, device), "peer bf16": peers_step(peer, peers, bf16, device),
-        "product fp32": product(torch.float32, device), "product bf16": product(bf16, device),
-    }  # fmt: skip
+    dtypes: dict[str, torch.dtype | None] = {"fp32": None}
+    if fast_precision(torch.device(device)) == "bf16":
+        dtypes["bf16"] = bf16
+    calls = {f"ours {name}": our_step(method, ours, dtype, device) for name, dtype in dtypes.items()}
+    calls |= {f"peer {name}": peers_step(peer, peers, dtype, device) for name, dtype in dtypes.items()}
+    calls |= {f"product {name}": product(dtype or torch.float32, device) for name, dtype in dtypes.items()}
     if device != "cpu":
         large = our_method(vit_large(3, size), arguments)
         flops["ViT-L"] = count_flops(large, ours())

@@ -5,8 +5,8 @@
 The peer is DINO's chain of changes with lightly's published defaults (https://github.com/lightly-ai/lightly), rebuilt
 from Pillow and torch, since torchvision, which lightly needs, is no dependency of ours: resize of a random box, flip,
 brightness, contrast, saturation, hue, grey, blur, solarise, normalise, one view after the other. Ours makes a batch at
-a time. Both have one thread. "grey" are images of one channel with the policy of radiographs; the peer, which has no
-other way, changes them as colours.
+a time. Both have one thread. "grey" are images of one channel with the policy of radiographs, as configs/dinov2.json
+has it; the peer, which has no other way, changes them as colours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -74,11 +74,15 @@ def peers(images: list[Image.Image], img_size: int = 224, local_size: int = 96) 
     return [torch.stack(views) for views in (*large, *small)]
 
 
-def ours(policy: Policy, img_size: int = 224, local_size: int = 96) -> MultiCrop:
-    """Our views with the same crops."""
-    policies = [with_chances({"": policy}, blur=b, solarise=s)[""] for b, s in zip(BLUR, SOLARISE, strict=True)]
+def ours(policies: Sequence[Policy], img_size: int = 224, local_size: int = 96) -> MultiCrop:
+    """Our views with the same crops, and a policy for each large view and for the small ones."""
     large = [RandomResizedCrop((img_size,) * 2, scale=(0.32, 1.0), policy=one) for one in policies[:2]]
     return MultiCrop(large, RandomResizedCrop((local_size,) * 2, scale=(0.05, 0.32), policy=policies[2]))
+
+
+def peers_changes() -> list[Policy]:
+    """The chain's changes, as policies of ours."""
+    return [with_chances({"": NATURAL}, blur=b, solarise=s)[""] for b, s in zip(BLUR, SOLARISE, strict=True)]
 
 
 def rates(contestants: dict[str, Callable[[], object]], images: int, rounds: int) -> dict[str, list[float]]:
@@ -105,7 +109,7 @@ def main() -> None:
     cuts = np.stack([source[y : y + 256, x : x + 256] for y, x in starts])
     colour = torch.from_numpy(cuts).permute(0, 3, 1, 2)[:, :, None].contiguous()
     grey = colour[:, 1:2].contiguous()
-    cpu, natural, medical = torch.device("cpu"), ours(NATURAL), ours(POLICIES["xray"])
+    cpu, natural, medical = torch.device("cpu"), ours(peers_changes()), ours([POLICIES["xray"]] * 3)
     pictures = {
         "colour": [Image.fromarray(cut) for cut in cuts],
         "grey": [Image.fromarray(cut[..., 1]).convert("RGB") for cut in cuts],

@@ -39,6 +39,8 @@ class PrototypeHead(nn.Module):
     def likeness(self, embedding: Tensor, free: Tensor | None = None) -> Tensor:
         """Map N x bottleneck_dim to N x prototypes."""
         prototypes: Tensor = self.prototypes
-        if free is not None:
-            prototypes = prototypes.detach().lerp(prototypes, free.to(prototypes.dtype))
-        return F.linear(embedding, F.normalize(prototypes, dim=1, eps=1e-6)).float()
+        # Of torch's ways to unit length this kernel, of parametrizations.weight_norm, reads and writes least.
+        unit = torch._weight_norm(prototypes, prototypes.new_ones(len(prototypes), 1), 0)
+        if free is not None and unit.requires_grad:
+            unit.register_hook(lambda gradient: gradient * free)
+        return F.linear(embedding, unit).float()
