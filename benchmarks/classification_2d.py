@@ -51,6 +51,8 @@ TASKS["breastmnist"], TASKS["pneumonia"] = TASKS["organamnist"], Task(1, 64, 8, 
 RATES, BATCH, METHOD, METHOD_RATE = (0.0003, 0.001, 0.003), 128, "VICReg", 0.002
 SCORES = {"auc": Shown("AUC (%)", 100, 2), "accuracy": Shown("accuracy (%)", 100, 2)}
 KEY = ("task", "network", "seed", "rate", "seconds")
+# Cut to the beam, as ultrasound is, they would be of many sizes.
+SETTINGS = {"breastmnist": {"": {"modality": "ct"}}}
 
 
 class _Logits(nn.Module):
@@ -157,7 +159,7 @@ def main() -> None:
         if (data / task).is_dir():
             smaller(data / task, arguments.out / "smaller" / task, TASKS[task].size)
             data = arguments.out / "smaller"
-        store = packed(data, arguments.out, task)
+        store = packed(data, arguments.out, task, SETTINGS.get(task))
         for seed in (SELECTION_SEED, *range(arguments.seeds)):
             encoder = encoder_file(task, store, arguments.out, seed, arguments.pretraining)
             for network in NETWORKS:

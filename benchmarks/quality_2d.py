@@ -88,17 +88,23 @@ class PeersMAE(MonaiMAE, SSLMethod):
         super().__init__(task.channels, (task.size, task.size), task.patch, (WIDTH, DEPTH, HEADS), (128, 2, 4))
 
 
-def packed(data: Path, out: Path, name: str) -> Path:
-    """The store of a task, packed where it is not ready; a folder per class is split here, seven to one to two."""
+def packed(data: Path, out: Path, name: str, settings: dict[str, Any] | None = None) -> Path:
+    """The store of a task, packed where it is not ready; a folder per class is split here, seven to one to two.
+
+    Args:
+        data, out: folders of what there is, and for the store.
+        name: of the task.
+        settings: of `index`, for archives.
+    """
     store, datalist = out / "stores" / name, out / "stores" / f"{name}.json"
     if not datalist.exists():
         datalist.parent.mkdir(parents=True, exist_ok=True)
         if (data / name).is_dir():
             # One modality for all, so that the views do not depend on the class.
-            settings = {"/([^/]+)/[^/]+$": {"label": "\\1", "modality": "ct"}}
-            index([data / name], datalist, settings=settings, validation=0.1, test=0.2)
+            of_folders = {"/([^/]+)/[^/]+$": {"label": "\\1", "modality": "ct"}}
+            index([data / name], datalist, settings=of_folders, validation=0.1, test=0.2)
         else:
-            index([data / f"{name}.npz"], datalist)
+            index([data / f"{name}.npz"], datalist, settings=settings)
     pack(datalist, store)
     return store
 

@@ -277,4 +277,6 @@ class _Normalised(MapTransform):
 
 def source_of(image: Any) -> str:
     """The file an image was read from, for messages."""
-    return str(image.meta.get("filename_or_obj", "image")) if isinstance(image, MetaTensor) else str(image)
+    if isinstance(image, MetaTensor):
+        return str(image.meta.get("filename_or_obj", "image"))
+    return "an image in memory" if isinstance(image, Tensor) else str(image)
