@@ -205,12 +205,17 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
 
 
 @pytest.mark.slow
-def test_an_array_job_does_what_processes_here_do(study, tmp_path):
-    pytest.importorskip("submitit")
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_a_cluster_does_what_processes_here_do(study, tmp_path, launcher, package):
+    pytest.importorskip(package)
     broken = study(presets={"24": WIDTHS["24"]}, seeds=[0], benchmarks=None, settings={**SMALL, "dataset_dir": "none"})
-    _, failed = run_study(broken, tmp_path / "out", "slurm", options={"timeout_min": 5})
+    _, failed = run_study(broken, tmp_path / "out", launcher, options={"timeout_min": 5})
     (reason,) = failed.values()
     assert "none: no such folder" in reason
+    whole = study(presets={"24": WIDTHS["24"]}, seeds=[0], benchmarks=None)
+    table, failed = run_study(whole, tmp_path / "good", launcher, options={"timeout_min": 5})
+    assert failed == {}
+    assert len(pd.read_parquet(table)) == 1
 
 
 @pytest.mark.parametrize(("launcher", "words"), [("k8s", "launcher 'k8s' is unknown"), ("ray", "needs ray. Install")])
