@@ -39,13 +39,16 @@ class LabelledViews:
 
 
 def decided(task: str) -> Callable[[Sequence[Mapping[str, Tensor]]], tuple[Tensor, Tensor]]:
-    """An output_transform for Ignite's `Accuracy`: what is found and what is true, of probabilities and indicators."""
+    """An output_transform for Ignite's `Accuracy`, of probabilities and indicators: classes found, and true ones.
+
+    Of "multilabel", whose number of findings Ignite would have to be two or more: whether all are right, and ones.
+    """
 
     def transform(output: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
         found, true = (torch.stack([sample[key] for sample in output]) for key in ("pred", "label"))
         if task == "multilabel":
-            # Ignite takes findings of two or more labels only with an axis of classes.
-            return (found > 0.5).long(), true.long()
+            right = ((found > 0.5) == true.bool()).all(1).long()
+            return right, torch.ones_like(right)
         return found, true.argmax(1)
 
     return transform

@@ -176,6 +176,19 @@ def test_findings_in_a_table_train_by_patient_and_overrides_as_monai_label_makes
     assert not torch.equal(after, before)
 
 
+def test_one_finding_alone_trains_by_a_column_of_zeros_and_ones(tmp_path):
+    folder = write_table(tmp_path / "radiographs", ["image", "target"], [(n % 2, n % 2) for n in range(24)])
+    root = copy_bundle(CHEST, tmp_path / "bundles")
+    options = {"dataset_dir": str(folder), "classes": ["pneumonia"], "label_column": "target", **FEW}
+    run(root, "train", max_epochs=1, **options)
+    run(root, "evaluate", **options)
+    rows = table(root / "eval/probabilities.csv")
+    assert {row["label"] for row in rows} == {"", "pneumonia"}
+    right = [(float(row["pneumonia"]) > 0.5) == (row["label"] == "pneumonia") for row in rows]
+    found = dict(line.split(",") for line in (root / "eval/metrics.csv").read_text().splitlines())
+    assert float(found["val_accuracy"]) == pytest.approx(sum(right) / len(right))
+
+
 @pytest.mark.parametrize("verb", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_property_is_missing_before_there_are_weights(name, verb, archive, tmp_path, monkeypatch):
