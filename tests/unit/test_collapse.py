@@ -9,6 +9,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.handlers import TensorBoardStatsHandler
+from monai.metrics import EmbeddingCollapseMetric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -140,9 +141,15 @@ def test_rows_along_as_many_directions_have_that_rank(rows, rank):
     assert effective_rank(rows) == pytest.approx(rank, abs=1e-5)
 
 
-def test_rounding_errors_around_one_vector_are_no_directions():
+def test_rounding_errors_around_one_vector_are_no_directions_which_they_are_to_monais_metric():
     torch.manual_seed(0)
-    assert effective_rank(torch.randn(64) + 1e-6 * torch.randn(256, 64)) == pytest.approx(1, abs=0.01)
+    monais = EmbeddingCollapseMetric(include_indicators=["effective_rank"])
+    collapsed, spread = torch.randn(64) + 1e-6 * torch.randn(256, 64), torch.randn(256, 64)
+    assert effective_rank(collapsed) == pytest.approx(1, abs=0.01)
+    assert monais(collapsed)["effective_rank_score"] < 0.1  # 1 is a collapse there
+    # Of rows around zero both say the same.
+    centred = spread - spread.mean(0)
+    assert 1 - effective_rank(centred) / 64 == pytest.approx(float(monais(centred)["effective_rank_score"]), abs=1e-4)
 
 
 def test_embeddings_that_are_not_finite_have_no_rank_and_leave_the_end_of_the_run_to_its_loss():

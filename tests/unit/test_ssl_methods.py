@@ -13,6 +13,7 @@ from scipy.integrate import quad
 from biovfm_monai.draws import Use, random_keys, uniform
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses import info_nce, sigreg
+from biovfm_monai.losses.sigreg import _directions
 from biovfm_monai.methods import IJEPA, MAE, BarlowTwins, LeJEPA, MoCoV3, SimMIM, VICReg
 from biovfm_monai.methods.teacher import rising
 from biovfm_monai.networks import ViT, block_mask, sincos_positions
@@ -109,6 +110,17 @@ def test_sigreg_of_one_dimension_equals_the_numerical_integral(scale):
     found = sigreg(x, torch.tensor(0), num_slices=3, knots=2001)
     assert float(found) == pytest.approx(epps_pulley(x[:, 0].numpy(), 3), rel=1e-4)
     assert float(sigreg(x, torch.tensor(0), num_slices=3)) == pytest.approx(float(found), rel=5e-2)
+
+
+def test_sigreg_of_several_dimensions_is_the_mean_over_directions():
+    rows, key = torch.randn(30, 5) * torch.arange(1.0, 6), torch.tensor(3)
+    directions = _directions(key, 500, 5)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(500))
+    # Of points that are uniform on the sphere, each coordinate has the variance 1 / 5, and no two vary together.
+    torch.testing.assert_close(directions.T @ directions / 500, torch.eye(5) / 5, rtol=0, atol=0.04)
+    projected = rows.double() @ _directions(key, 20, 5).double().T
+    expected = np.mean([epps_pulley(x, 3) for x in projected.T.numpy()])
+    assert float(sigreg(rows, key, 20, knots=2001)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_sigreg_is_least_for_normal_rows_and_grows_with_what_is_not():
