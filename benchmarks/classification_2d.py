@@ -101,7 +101,7 @@ def batches(images: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         rows = torch.randint(len(images), (BATCH,))
         chosen = images[rows][:, :, None]
-        yield views.apply(chosen, views.draw(chosen)).flatten(2, -3), classes[rows]
+        yield views.apply(chosen, views.draw(chosen)), classes[rows]
 
 
 def row_of(
