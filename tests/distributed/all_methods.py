@@ -75,7 +75,7 @@ def main(out: str, options: str, *names: str) -> None:
     """Names are of methods, or "all kinds"; with "+" behind it a run goes on from the state that is there."""
     torch.set_num_threads(1)
     distributed.initialize()
-    for name in names or [*METHODS, "all kinds"]:
+    for name in names:
         train(name.rstrip("+"), Path(out, name), json.loads(options), resume=name.endswith("+"))
     distributed.finalize()
 

@@ -254,8 +254,9 @@ def test_a_network_in_parts_learns_what_a_whole_one_does(methods_alone, tmp_path
     ids=str,
 )  # fmt: skip
 def test_every_method_learns_the_same_by_one_process_and_by_two(methods_alone, tmp_path, options):
-    names = [*all_methods.METHODS, "all kinds"]
-    run_together(2, [ALL_METHODS, tmp_path, json.dumps(options)], tmp_path, timeout=600)
+    # Which images leave out a branch is drawn by each process, as dropout always is.
+    names = [*(name for name in all_methods.METHODS if "drop-path" not in name), "all kinds"]
+    run_together(2, [ALL_METHODS, tmp_path, json.dumps(options), *names], tmp_path, timeout=600)
     assert_equal_runs(methods_alone(names), tmp_path, names)
 
 
