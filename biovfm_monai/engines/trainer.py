@@ -113,6 +113,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.seed = seed
         self.stopped = False
         self._unchecked: deque[tuple[int, Tensor]] = deque()
+        self._graph_known = False
         self._asked: deque[Tensor] = deque()
         self._again = self._left_out = False
         super().__init__(
@@ -238,7 +239,10 @@ class PretrainingTrainer(SupervisedTrainer):
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(steps_now)
         if isinstance(network, DistributedDataParallel) and not steps_now:
-            return network.no_sync()
+            # Of a static graph DDP learns in its first backward pass, in which all processes have to be together.
+            if not network.static_graph or self._graph_known:
+                return network.no_sync()
+            self._graph_known = True
         return nullcontext()
 
     def _optimizer_step(self, epoch_ends: bool) -> Tensor:
