@@ -14,11 +14,10 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from biovfm_monai.engines.budget import epochs_within
-from biovfm_monai.engines.cost import Cost, Memory, blank_batch, cost_of, imagined, memory_of
+from biovfm_monai.engines.cost import Cost, blank_batch, cost_of, imagined
+from biovfm_monai.engines.memory import Memory, memory_of
 from biovfm_monai.engines.trainer import DTYPES
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.methods import SSLMethod
-from biovfm_monai.networks import Block
 
 __all__ = ["Plan", "make_plan", "measured_rate"]
 
@@ -38,8 +37,8 @@ class Plan:
         processes: how many share a batch.
         precision, device: that the memory is for.
         memory: of each process, when each has all weights.
-        sharded: bytes of each process, when they share out weights, gradients and the optimizer's states.
-        largest_micro_batch: that fits; None where no room was given.
+        sharded: of each process, when they share out weights, gradients and the optimizer's states; None of one.
+        largest_micro_batch: that fits, sharded if the configuration says so; None where no room was given.
     """
 
     encoder_parameters: int
@@ -53,7 +52,7 @@ class Plan:
     precision: str
     device: str
     memory: Memory
-    sharded: int
+    sharded: Memory | None
     largest_micro_batch: int | None
 
     @property
@@ -101,17 +100,21 @@ def make_plan(
     parser["method"], parser["network#device"], parser["network#compiled"] = method, "meta", False
     optimizer = _made(parser, "optimizer")
 
-    def memory_with(count: int) -> Memory:
+    def memory_with(count: int, parts: int = 1) -> Memory:
         make = partial(blank_batch, method, views, crop_size, count)
-        return memory_of(method, make, optimizer, DTYPES[precision], device)
+        # DDP's buffers of gradients are there all the time.
+        gradients_stay = accumulation > 1 or processes > parts
+        return memory_of(method, make, optimizer, DTYPES[precision], device, gradients_stay, parts)
 
-    used, budget, steps = memory_with(micro), _made(parser, "budget"), _made(parser, "steps_per_epoch")
+    parts = processes if _made(parser, "sharding") != "none" else 1
+    budget, steps = _made(parser, "budget"), _made(parser, "steps_per_epoch")
     epochs = _made(parser, "max_epochs") if budget is None else epochs_within(budget, steps * batch_size, lambda: cost)
     return Plan(
         encoder_parameters=_count(method.encoder), parameters=_count(method), cost=cost,
         samples=epochs * steps * batch_size, steps=epochs * steps, batch_size=batch_size, micro_batch=micro,
-        processes=processes, precision=precision, device=device, memory=used, sharded=_sharded(method, used, processes),
-        largest_micro_batch=None if memory is None else _largest(lambda n: memory_with(n).peak, memory * 2**30),
+        processes=processes, precision=precision, device=device, memory=memory_with(micro),
+        sharded=memory_with(micro, processes) if processes > 1 else None,
+        largest_micro_batch=None if memory is None else _largest(lambda n: memory_with(n, parts).peak, memory * 2**30),
     )  # fmt: skip
 
 
@@ -168,19 +171,6 @@ def _cause(error: BaseException) -> str:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _sharded(method: SSLMethod, memory: Memory, processes: int) -> int:
-    """Bytes of each of several processes that share out all but activations, block by block (FSDP).
-
-    Two blocks, the one at work and the next, are whole for a while, and the gradients of one; what is in no block is
-    whole all the time (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
-    """
-    blocks = [part for part in method.modules() if isinstance(part, Block)]
-    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks] or [0]
-    outside = max(memory.weights - sum(sizes), 0)
-    shared = (memory.weights + memory.gradients + memory.optimizer) / processes
-    return min(round(shared + outside + 3 * max(sizes) + memory.activations), memory.peak)
 
 
 def _largest(total: Callable[[int], int], room: float) -> int:

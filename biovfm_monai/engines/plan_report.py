@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from biovfm_monai.engines.cost import Memory
+from biovfm_monai.engines.memory import Memory
 from biovfm_monai.engines.plan import Plan, make_plan, measured_rate
 from biovfm_monai.errors import InputError, require_within
 
@@ -59,16 +59,15 @@ def _listing(plan: Plan, speed: float | None, price: float | None) -> str:
     cost, memory = plan.cost, plan.memory
     tokens = cost.tokens * plan.samples
     run = f"{plan.steps:,} steps, {plan.samples:,} images, {tokens:.4g} tokens, {plan.flops:.4g} FLOPs"
-    parts = ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in Memory._fields if name != "peak")
     lines = [
         ("parameters", f"{plan.encoder_parameters:,} of the encoder, {plan.parameters:,} in all"),
         ("an image", f"{cost.tokens:,.0f} tokens, {cost.forward:.4g} FLOPs forward, {cost.flops:.4g} with backward"),
         ("a step", f"{plan.batch_size} images, {plan.micro_batch} at once on each of {plan.processes} process(es)"),
         ("the run", run),
-        ("memory", f"{_gib(memory.peak)} at most ({plan.precision}, {plan.device}); {parts}"),
+        ("memory", f"{_gib(memory.peak)} at most ({plan.precision}, {plan.device}); {_parts(memory)}"),
     ]
-    if plan.processes > 1:
-        lines.append(("sharded", f"{_gib(plan.sharded)}, weights, gradients and optimizer shared out over processes"))
+    if plan.sharded is not None:
+        lines.append(("sharded", f"{_gib(plan.sharded.peak)} at most of each process; {_parts(plan.sharded)}"))
     if plan.largest_micro_batch is not None:
         lines.append(("fits", f"micro-batches of up to {plan.largest_micro_batch} images"))
     if speed is not None:
@@ -85,8 +84,8 @@ def plan_cells(plan: Plan, speed: float | None, price: float | None) -> dict[str
         "tokens/image": f"{plan.cost.tokens:,.0f}", "images": f"{plan.samples:,}", "FLOPs": f"{plan.flops:.4g}",
         "memory": _gib(plan.memory.peak),
     }  # fmt: skip
-    if plan.processes > 1:
-        cells["sharded"] = _gib(plan.sharded)
+    if plan.sharded is not None:
+        cells["sharded"] = _gib(plan.sharded.peak)
     if plan.largest_micro_batch is not None:
         cells["fits"] = str(plan.largest_micro_batch)
     if speed is not None:
@@ -100,6 +99,10 @@ def table_of(rows: Sequence[Sequence[str]]) -> str:
     """Lines of a table, its cells put to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _parts(memory: Memory) -> str:
+    return ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in Memory._fields if name != "peak")
 
 
 def _gib(size: float) -> str:

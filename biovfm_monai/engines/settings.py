@@ -44,7 +44,7 @@ def require_same_everywhere(engine: PretrainingTrainer) -> None:
     """Refuse processes that were started with different settings; all processes call it.
 
     Raises:
-        InputError: naming the settings, on all of them.
+        InputError: naming the settings and the processes, on all of them.
     """
     if distributed.world_size() == 1:
         return
@@ -57,7 +57,11 @@ def require_same_everywhere(engine: PretrainingTrainer) -> None:
     }  # fmt: skip
     digests = [int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7]) for value in settings.values()]
     everywhere = distributed.gather(torch.tensor([digests], device=engine.state.device))
-    differ = (everywhere != everywhere[0]).any(0).tolist()
-    names = [name for name, differs in zip(settings, differ, strict=True) if differs]
+    differ = everywhere != everywhere[0]
+    others = [str(number) for number, differs in enumerate(differ.any(1).tolist()) if differs]
+    names = [name for name, differs in zip(settings, differ.any(0).tolist(), strict=True) if differs]
     if names:
-        raise InputError(f"processes were started with different settings: {', '.join(names)}. Start all alike.")
+        raise InputError(
+            f"processes {', '.join(others)} have another {', '.join(names)} than process 0. Start all with the same "
+            "configuration."
+        )

@@ -68,13 +68,17 @@ def test_without_torchrun_two_processes_meet_are_refused_what_does_not_fit_and_e
     assert "Traceback" not in "".join(printed)
 
 
-@pytest.mark.parametrize("case", ["the port is taken", "nobody listens", "no such host", "the others stay away"])
+@pytest.mark.parametrize(
+    "case", ["the port is taken", "nobody listens", "no such host", "no host answers", "the others stay away"]
+)
 def test_who_does_not_meet_the_others_says_where_within_its_timeout(case, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1] if case == "the port is taken" else free_port()
-        host = "no.such.host.invalid" if case == "no such host" else "127.0.0.1"
+        # Of RFC 5737, for examples: nobody has this address.
+        hosts = {"no such host": "no.such.host.invalid", "no host answers": "192.0.2.1"}
+        host = hosts.get(case, "127.0.0.1")
         first = case in ("the port is taken", "the others stay away")
         settings = {"MASTER_ADDR": host, "MASTER_PORT": port, "RANK": 1 - first, "WORLD_SIZE": 2, "LOCAL_RANK": 0}
         for name, value in settings.items():

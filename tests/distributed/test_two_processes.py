@@ -194,6 +194,21 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(alone, tmp
 
 
 @pytest.mark.xdist_group("distributed")
+def test_the_log_tells_from_a_trace_what_share_of_the_time_two_processes_talk(tmp_path):
+    launch(2, tmp_path, resume="profiled")
+    # The line of the fourth step, the last one that is traced, is written before the trace is read.
+    shares = [json.loads(line).get("communication") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert shares[:4] == [None] * 4
+    assert all(0 < share < 1 for share in shares[4:])
+    for rank in (0, 1):
+        names = {
+            event.get("name")
+            for event in json.loads((tmp_path / f"profile/trace_rank{rank}.json").read_text())["traceEvents"]
+        }
+        assert "gloo:all_reduce" in names
+
+
+@pytest.mark.xdist_group("distributed")
 def test_two_processes_find_the_samples_that_the_first_one_writes(tmp_path):
     printed = run_together(2, ["-c", SAMPLES, tmp_path / "samples"], tmp_path)
     assert printed.count("17 items") == 2, printed
@@ -288,5 +303,5 @@ def test_two_processes_go_back_together_from_a_collapse_as_one_does(tmp_path):
     assert first["weights"] == second["weights"]
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
     assert len(losses(tmp_path / "2")) == 12
-    refused = "processes were started with different settings: seed. Start all alike."
+    refused = "processes 1 have another seed than process 0. Start all with the same configuration."
     assert (first["refused"], second["refused"]) == (refused, refused)

@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from biovfm_monai import distributed, parallelism
 from biovfm_monai.data import GlobalBatchSampler
-from biovfm_monai.engines import PretrainingTrainer, ProgressHandler, StateHandler, WarmupCosine, parameter_groups
+from biovfm_monai.engines import (
+    PretrainingTrainer,
+    ProfileHandler,
+    ProgressHandler,
+    StateHandler,
+    WarmupCosine,
+    parameter_groups,
+)
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import ViT
 
@@ -40,6 +47,7 @@ class Autoencoder(SSLMethod):
 
 
 def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
+    """`resume` is "anew", "resume", "signalled" or "profiled"."""
     torch.set_num_threads(1)
     distributed.initialize()
     torch.manual_seed(0)
@@ -56,6 +64,8 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
         ],
     )  # fmt: skip
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == int(epochs) and e.terminate())
+    if resume == "profiled":
+        ProfileHandler(f"{out}/profile", first=2, iterations=3).attach(trainer)
     if resume == "signalled" and distributed.rank() == 1:
         # Only one of the processes gets it.
         trainer.add_event_handler(Events.ITERATION_STARTED(once=7), lambda _: os.kill(os.getpid(), signal.SIGTERM))

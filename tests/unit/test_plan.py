@@ -2,12 +2,14 @@
 
 import json
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BUNDLE, ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "tests/contract"))
@@ -16,7 +18,8 @@ from methods import METHODS, SIZES, batch, encoder
 from biovfm_monai import cli
 from biovfm_monai.data import GlobalBatchSampler, MultiCrop, RandomResizedCrop
 from biovfm_monai.engines import epochs_for, make_plan, report_plans, scaled_rate
-from biovfm_monai.engines.cost import blank_batch, cost_of, flops_of, imagined, memory_of, outlined, tokens_of
+from biovfm_monai.engines.cost import blank_batch, cost_of, flops_of, imagined, outlined, tokens_of
+from biovfm_monai.engines.memory import memory_of
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods import MAE
 from biovfm_monai.networks import ViT
@@ -57,11 +60,11 @@ def test_an_imagined_method_has_no_numbers_and_leaves_the_real_one_and_the_rando
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
-def planned_memory(method, count, dtype=None, device="cpu"):
+def planned_memory(method, count, dtype=None, device="cpu", **options):
     copy = imagined(method)
     optimizer = torch.optim.AdamW(copy.parameters(), fused=True)
     views = RandomResizedCrop((32, 32))
-    return memory_of(copy, lambda: blank_batch(copy, views, (32, 32), count), optimizer, dtype, device)
+    return memory_of(copy, lambda: blank_batch(copy, views, (32, 32), count), optimizer, dtype, device, **options)
 
 
 def test_planned_memory_has_all_weights_gradients_and_two_states_of_each():
@@ -88,6 +91,42 @@ def test_planned_activations_are_what_the_backward_pass_holds_on_to():
     held = sum(size for place, size in kept.items() if place not in own)
     assert loss.isfinite()
     assert planned_memory(method, 64).activations == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_the_planned_peak_of_a_pass_is_what_torch_allocates(tmp_path, kind):
+    method, data = small_mae(), {"image": torch.randn(64, 1, 32, 32), "key": torch.arange(64)}
+    network = parallel(method, "cpu", checkpointing=kind)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        network(data)["loss"].backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = [event for event in events if event.get("name") == "[memory]"]
+    allocated = accumulate(event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    copy = parallel(imagined(method), "meta", checkpointing=kind)
+    memory = memory_of(copy, lambda: outlined(data), torch.optim.SGD(copy.parameters()), device="cpu")
+    assert memory.peak - memory.weights - data["image"].nbytes == pytest.approx(max(allocated), rel=0.05)
+
+
+def test_gradients_that_stay_are_there_when_most_activations_are():
+    method = small_mae()
+    plain, staying = planned_memory(method, 64), planned_memory(method, 64, gradients_stay=True)
+    assert staying[:4] == plain[:4]
+    assert staying.peak == pytest.approx(plain.peak + plain.gradients, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_many_processes_plan_with_little_beside_activations_and_what_is_put_together(dtype):
+    method = small_mae()
+    alone, parts = planned_memory(method, 64, dtype), planned_memory(method, 64, dtype, parts=2**20)
+    assert parts.weights + parts.gradients + parts.optimizer < 100
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in method.decoder_blocks)
+    outside = sum(p.nbytes for name, p in method.named_parameters() if "blocks." not in name)
+    buffers = sum(x.nbytes for x in method.buffers())
+    short_lived = alone.peak - alone.weights - alone.optimizer - alone.activations
+    assert parts.peak == pytest.approx(parts.activations + outside + buffers + 3 * largest + short_lived, rel=0.01)
+    # Weights in half precision are of one block at a time.
+    assert (parts.activations < alone.activations) == (dtype is not None)
 
 
 def test_half_precision_and_fused_attention_are_planned_with_less_memory():
@@ -149,7 +188,10 @@ def test_a_plan_of_a_bundle_counts_its_networks_steps_and_images():
     assert (plan.steps, plan.samples, plan.micro_batch) == (10, 80, 2)
     assert plan.cost.tokens == 64
     assert plan.parameters > plan.encoder_parameters > 0
-    assert plan.sharded <= plan.memory.peak
+    # Two processes have half of the weights and the optimizer's states each, and all gradients while they sum them up.
+    assert plan.sharded.weights == pytest.approx(plan.memory.weights / 2, rel=1e-3)
+    assert plan.sharded.optimizer == pytest.approx(plan.memory.optimizer / 2, rel=1e-3)
+    assert (plan.sharded.gradients, plan.sharded.activations) == (plan.memory.gradients, plan.memory.activations)
     assert plan.flops == 80 * plan.cost.flops
     assert plan.hours(plan.flops / 7200) == pytest.approx(1)
 
