@@ -30,7 +30,7 @@ def probe(
         out: .json file to write.
         task: of a folder, such as ordinal-regression, where labels do not tell.
         modality: of a folder's images, where neither a header nor a folder's name tells it.
-        probes: of knn, linear and logistic.
+        probes: of knn, linear, logistic and retrieval.
         img_size: to which images are fitted, such as [224,224]; without it the encoder's own.
         cache: folder where features are kept.
         device: such as cuda.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.evaluation.metrics import TASKS, auc, ranked_auc
+from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap, ranked_auc, scores_of
 
 __all__ = ["RATES", "STRENGTHS", "Chosen", "few_shot", "linear_probe", "logistic_probe", "train_linear"]
 
@@ -36,6 +37,21 @@ class Chosen:
     settings: dict[str, str | float]
     validation_auc: float
     likely: np.ndarray
+
+    def scored(
+        self,
+        labels: np.ndarray,
+        task: str,
+        subjects: Sequence[Any] | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """As `scores_of` the test part's labels, "intervals" as from `bootstrap`, "settings" and "validation_auc"."""
+        return {
+            **scores_of(labels, self.likely, task),
+            "intervals": bootstrap(labels, self.likely, task, subjects, draws, seed),
+            "settings": self.settings, "validation_auc": self.validation_auc,
+        }  # fmt: skip
 
 
 def train_linear(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from monai.data import Dataset
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -16,12 +18,14 @@ from biovfm_monai import cli
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data.datalist import write_datalist
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import RawPixels, knn_accuracy, probe_features
+from biovfm_monai.evaluation import Probe, RawPixels, knn_accuracy, probe_features
 from biovfm_monai.evaluation.benchmarks import Benchmark, dataset, medmnist
 from biovfm_monai.evaluation.features import PooledFeatures, cached_features, describe_items
 from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import few_shot, linear_probe, logistic_probe, train_linear
-from biovfm_monai.evaluation.metrics import TASKS, auc
+from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap_means
+from biovfm_monai.evaluation.report.scores import scores_of_json
+from biovfm_monai.evaluation.retrieval import rank_scores, retrieval_probe
 from biovfm_monai.networks import Embedder, ViT
 
 
@@ -122,6 +126,49 @@ def test_the_pooling_and_the_rate_are_chosen_on_the_validation_part_alone(rng):
     assert logistic_probe({"noise": noise, "good": good}, labels, TASKS[0]).settings["pooling"] == "good"
 
 
+@pytest.mark.parametrize("cells", [2**20, 300 * 7, 1])
+def test_average_precision_of_each_query_is_scikit_learns_whatever_the_blocks(cells, rng, monkeypatch):
+    monkeypatch.setattr("biovfm_monai.evaluation.retrieval._CELLS", cells)
+    (train, labels), (test, truth) = blobs(rng, 300), blobs(rng, 20)
+    found = rank_scores(train, labels, test, truth)
+    scale = StandardScaler().fit(train)
+    similarity = cosine_similarity(scale.transform(test), scale.transform(train))
+    for query, likeness in enumerate(similarity):
+        relevant = labels == truth[query]
+        assert found["mean_average_precision"][query] == pytest.approx(
+            average_precision_score(relevant, likeness), 1e-9
+        )
+        nearest = relevant[np.argsort(-likeness)]
+        for at in (1, 5, 10):
+            assert found[f"precision_at_{at}"][query] == nearest[:at].mean()
+
+
+def test_retrieval_takes_the_pooling_of_the_validation_part_and_its_interval_is_over_patients(rng):
+    labels = [np.arange(n) % 3 for n in (60, 30, 30)]
+    good = [np.eye(3)[of] + 0.5 * rng.standard_normal((len(of), 3)) for of in labels]
+    noise = [rng.standard_normal((len(of), 4)) for of in labels]
+    best = probe_features({"noise": noise, "good": good}, labels, 3, TASKS[0], ["retrieval"])["retrieval"]
+    alone = best.scored(labels[2], TASKS[0])
+    assert alone["settings"] == {"pooling": "good"}
+    assert alone["mean_average_precision"] > 0.6
+    low, high = alone["intervals"]["mean_average_precision"]
+    assert low < alone["mean_average_precision"] < high
+    together = best.scored(labels[2], TASKS[0], subjects=["a patient"] * 30)["intervals"]
+    assert together["precision_at_5"] == pytest.approx([alone["precision_at_5"]] * 2)
+    patients = bootstrap_means({"x": np.repeat([0.0, 1.0], 500)}, np.repeat(["a", "b"], 500))["x"]
+    assert patients == [0, 1]
+
+
+def test_retrieval_without_one_class_per_image_or_with_too_few_images_is_refused(rng):
+    labels = [np.arange(n) % 2 for n in (9, 4, 4)]
+    features = {"mean": [rng.standard_normal((len(of), 3)) for of in labels]}
+    with pytest.raises(InputError, match="at least 10 training images, got 9"):
+        retrieval_probe(features, labels, TASKS[1])
+    findings = [np.stack([of, 1 - of], 1) for of in labels]
+    with pytest.raises(InputError, match="retrieval needs one class per image"):
+        probe_features(features, findings, 2, TASKS[3], ["retrieval"])
+
+
 def test_few_shots_grow_better_and_are_refused_beyond_the_rarest_class(rng):
     (train, labels), (test, truth) = blobs(rng, 300, apart=0.7), blobs(rng, 300, apart=0.7)
     few, more = (few_shot([train, test], [labels, truth], TASKS[0], shots) for shots in (1, 30))
@@ -212,6 +259,29 @@ def test_the_command_scores_an_archive_beside_its_controls_and_says_that_it_is_n
             assert of["auc"] > 0.7
     assert len(list((tmp_path / "c").iterdir())) == 9
     assert f"AUC {result['scores']['encoder']['linear']['auc']:.4f}" in told
+
+
+def test_the_command_tells_of_retrieval_and_refuses_it_or_an_unknown_probe_before_features_are_made(
+    tmp_path, rng, encoder_file, monkeypatch, capsys
+):
+    path = archive(tmp_path, rng)
+    command = ["biovfm", "probe", str(path), str(encoder_file), "--out", str(tmp_path / "p.json"), "--probes"]
+    monkeypatch.setattr("sys.argv", [*command, "retrieval"])
+    cli.main()
+    result = json.loads((tmp_path / "p.json").read_text())
+    found = result["scores"]["encoder"]["retrieval"]
+    low, high = found["intervals"]["mean_average_precision"]
+    said = f"encoder      retrieval mAP {found['mean_average_precision']:.4f} [{low:.4f}, {high:.4f}], precision at 1 "
+    assert said in capsys.readouterr().out
+    reported = {of.name: of for of in scores_of_json("run", "p", result)}["scores, encoder, retrieval, precision_at_10"]
+    assert (reported.task, reported.value) == ("bloodmnist", found["precision_at_10"])
+    assert [reported.low, reported.high] == found["intervals"]["precision_at_10"]
+    findings = [{"image": "none", "label": label} for label in ([0, 1], [1, 0])]
+    several = Benchmark("x", TASKS[3], 2, dict.fromkeys(("training", "validation", "test"), findings), "", "")
+    with pytest.raises(InputError, match="this task has findings"):
+        Probe(encoder_file, several, ["retrieval"])
+    with pytest.raises(InputError, match="there is no probe 'knm', but knn, linear, logistic, retrieval"):
+        Probe(encoder_file, several, ["knm"])
 
 
 def test_an_official_file_brings_no_warning(tmp_path, rng, monkeypatch):

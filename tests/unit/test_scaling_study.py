@@ -15,6 +15,7 @@ from biovfm_monai.checkpoints import encoder_info
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.scaling import execute, fit_table, launch, plan_study, run_study
 from biovfm_monai.evaluation.scaling.study import read_study
+from biovfm_monai.evaluation.scaling.table import groups_of
 
 SMALL = {
     "in_channels": 1, "img_size": [16, 16], "crop_size": [16, 16], "batch_size": 4, "max_epochs": 2,
@@ -118,6 +119,11 @@ def test_what_means_nothing_in_a_study_is_named(study, changed, words):
         read_study(study(**changed))
 
 
+def test_a_probe_that_is_none_is_named_before_a_run_begins(study, images):
+    with pytest.raises(InputError, match="benchmarks, a: there is no probe 'knm', but knn, linear"):
+        read_study(study(benchmarks={"a": {"path": str(images), "probes": "knm"}}))
+
+
 @pytest.mark.parametrize("text", ["[]", "{", None])
 def test_a_file_that_is_no_study_is_named(tmp_path, text):
     path = tmp_path / "study.json"
@@ -140,7 +146,7 @@ def test_a_plan_has_a_line_for_each_run_and_one_for_all(study):
 def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp_path):
     one = {
         "seeds": [0],
-        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear"]}},
+        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear", "retrieval"]}},
         "fractions": [0.5],
     }
     path, out = study(**one), tmp_path / "my results"
@@ -159,19 +165,26 @@ def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp
     assert len(calls) == 2 * 2
     assert not any("mae_24" in call for call in calls)
     rows = pd.read_parquet(table)
-    assert len(rows) == 3 * 2
+    assert len(rows) == 3 * 3
     assert not rows.duplicated(["run", "task", "protocol"]).any()
-    assert set(rows["protocol"]) == {"knn probe", "linear probe"}
-    assert rows[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
+    found = rows[rows["protocol"] == "retrieval probe"].filter(regex="average_precision|precision_at")
+    assert len(found) == 3
+    assert len(found.columns) == 4 + 2
+    assert found.stack().between(0, 1).all()
+    probed = rows[rows["protocol"].isin(["knn probe", "linear probe"])]
+    assert len(probed) == 3 * 2
+    assert probed[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
     assert (rows["samples"] == 24).all()
     assert (rows["images"] == 5).all()
-    for run, row in zip(read_study(path), rows[::2].to_dict("records"), strict=True):
+    for run, row in zip(read_study(path), rows[::3].to_dict("records"), strict=True):
         assert row["flops"] == pytest.approx(run.plan().flops)
         assert row["encoder_parameters"] == run.plan().encoder_parameters
         assert row["seconds"] > 0
 
     with pytest.raises(InputError, match="differ in protocol"):
         fit_table(table, "flops", "auc", ["method"])
+    assert [label for label, _ in groups_of(rows, ["protocol"], ["auc"])] == ["knn probe", "linear probe"]
+    assert [label for label, _ in groups_of(rows, ["protocol"], ["mean_average_precision"])] == ["retrieval probe"]
     assert set(fit_table(table, "encoder_parameters", "loss", ["protocol"])["fits"]) == set(rows["protocol"])
     changed = {**SMALL, "batch_size": 8, "dataset_dir": str(images)}
     with pytest.raises(InputError, match=r"otherwise: settings batch_size: 4 before, 8 now\. Give another --out"):

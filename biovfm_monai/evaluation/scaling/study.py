@@ -15,6 +15,7 @@ from biovfm_monai import networks
 from biovfm_monai.engines import Plan, make_plan, measured_rate, plan_cells, table_of
 from biovfm_monai.errors import InputError, reason_of, require_within
 from biovfm_monai.evaluation.benchmarks import open_benchmark
+from biovfm_monai.evaluation.probe import require_probes
 from biovfm_monai.shipped import shipped_folder
 
 __all__ = ["FRACTION", "StudyRun", "plan_study", "read_study"]
@@ -184,7 +185,10 @@ def _probed(path: str | Path, name: str, given: Any) -> dict[str, Any]:
     where = str(Path(options["path"]).expanduser().resolve())
     try:
         # Better now than after hours of training.
-        open_benchmark(where, options.get("task"), options.get("modality")).labels()
+        benchmark = open_benchmark(where, options.get("task"), options.get("modality"))
+        benchmark.labels()
+        probes = options.get("probes", [])
+        require_probes([probes] if isinstance(probes, str) else probes, benchmark.task)
     except (InputError, OSError) as error:
         raise InputError(f"{path}: benchmarks, {name}: {reason_of(error)}") from error
     return {**options, "path": where}
