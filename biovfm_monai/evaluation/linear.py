@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap, ranked_auc, scores_of
 
-__all__ = ["RATES", "STRENGTHS", "Chosen", "few_shot", "linear_probe", "logistic_probe", "train_linear"]
+__all__ = [
+    "RATES", "STRENGTHS", "Chosen", "few_shot", "linear_probe", "logistic_probe", "loss_of_rates", "probabilities",
+    "train_linear",
+]  # fmt: skip
 
 RATES = tuple(float(rate) for rate in np.geomspace(1e-4, 1, 13))
 STRENGTHS = tuple(float(strength) for strength in np.geomspace(1e-4, 10, 6))
@@ -91,7 +94,8 @@ def train_linear(
     for _ in range(epochs):
         for rows in torch.randperm(count, generator=order).to(device).split(batch_size):
             losses = [
-                _loss(_logits(x[rows], w, b), labels[rows]) for x, w, b in zip(features, weights, biases, strict=True)
+                loss_of_rates(_logits(x[rows], w, b), labels[rows])
+                for x, w, b in zip(features, weights, biases, strict=True)
             ]
             gradients = torch.autograd.grad(losses, [*weights, *biases])
             # Momentum is linear in the gradients, so scaling them by a rate is training with that rate.
@@ -109,8 +113,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product.view(len(x), rates, outputs).transpose(0, 1) + bias
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over images (and findings), sum over rates."""
+def loss_of_rates(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over images (and findings), sum over rates: logits are rates x images x outputs, labels of the images."""
     rates = len(logits)
     if labels.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits)) * rates

@@ -15,9 +15,18 @@ from torch import nn
 
 from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation.attentive import attentive_probe
 from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
-from biovfm_monai.evaluation.embed import RawPixels, transform_of
-from biovfm_monai.evaluation.features import PooledFeatures, cached_features, describe_items
+from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
+from biovfm_monai.evaluation.features import (
+    PooledFeatures,
+    RawPatches,
+    Tokens,
+    cached_features,
+    check_features,
+    describe_items,
+    require_room,
+)
 from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import Chosen, linear_probe, logistic_probe
 from biovfm_monai.evaluation.metrics import TASKS, ranked_auc
@@ -29,7 +38,7 @@ __all__ = ["HEADLINES", "Probe", "probe_features", "probe_listing", "require_pro
 logger = logging.getLogger(__name__)
 
 PROBES = ("knn", "linear", "logistic")
-_FURTHER = ("retrieval",)
+_FURTHER = ("retrieval", "attentive")
 #: scores that are printed and go into tables of runs -> how they are called; controls are told by the first one there.
 HEADLINES = {
     "auc": "AUC", "accuracy": "accuracy", "mean_average_precision": "mAP", "precision_at_1": "precision at 1",
@@ -58,7 +67,7 @@ def probe_features(
         seed, device: of the linear probe.
 
     Raises:
-        InputError: as `require_probes`.
+        InputError: as `require_probes`, or on attentive, which takes tokens.
     """
     require_probes(probes, task)
     found: dict[str, Chosen | Retrieved] = {}
@@ -69,8 +78,10 @@ def probe_features(
             found[probe] = logistic_probe(features, labels, task)
         elif probe == "retrieval":
             found[probe] = retrieval_probe(features, labels, task)
-        else:
+        elif probe == "knn":
             found[probe] = _neighbours(features, labels, num_classes, task)
+        else:
+            raise InputError(f"the {probe} probe takes tokens, and these are features. Call {probe}_probe with them.")
     return found
 
 
@@ -108,17 +119,17 @@ class Probe:
     Args:
         encoder_path: what is scored.
         benchmark: such as `benchmarks.medmnist` gives.
-        probes: of knn, linear, logistic and retrieval.
+        probes: of knn, linear, logistic, retrieval and attentive.
         img_size: to which images are fitted; None for the encoder's own.
-        cache_dir: folder where features are kept; None to make them anew.
-        device: where encoder and linear probe run.
+        cache_dir: folder where features are kept, but no tokens; None to make them anew.
+        device: where the encoder, the linear and the attentive probe run.
         batch_size: images that are embedded at a time; more than one only where all come in one size.
         draws: of the bootstrap over patients.
-        seed: of untrained weights, the linear probe and the bootstrap.
+        seed: of untrained weights, the linear and the attentive probe, and the bootstrap.
         output_path: JSON file for the scores; None for no file.
 
     Raises:
-        InputError: when a label cannot be scored, or as `require_probes`.
+        InputError: when a label cannot be scored, or as `require_probes`; in `run`, when tokens do not fit into memory.
     """
 
     def __init__(
@@ -145,19 +156,24 @@ class Probe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             untrained = build_encoder(self.encoder_path)
-        pixels = RawPixels(untrained.spatial_dims, _PIXELS)
-        contenders: dict[str, nn.Module] = {
-            "encoder": PooledFeatures(load_encoder(self.encoder_path)), "random_init": PooledFeatures(untrained),
-            "raw_pixels": pixels,
-        }  # fmt: skip
+        encoder, pixels = load_encoder(self.encoder_path), RawPixels(untrained.spatial_dims, _PIXELS)
+        # What makes one vector of an image, and what many.
+        contenders: dict[str, tuple[nn.Module, Tokens | RawPatches]] = {
+            "encoder": (PooledFeatures(encoder), Tokens(encoder)),
+            "random_init": (PooledFeatures(untrained), Tokens(untrained)),
+            "raw_pixels": (pixels, RawPatches(untrained)),
+        }
         with self.encoder_path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         transform = transform_of(self.encoder_path, self.img_size)
         data = {part: Dataset(list(self.benchmark.parts[part]), transform) for part in PARTS}
+        if "attentive" in self.probes:
+            for _, tokens in contenders.values():
+                require_room(tokens, [*data.values()], self.device)
         scores = {}
-        for name, network in contenders.items():
+        for name, networks in contenders.items():
             key = {"encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None}
-            scores[name] = self._scored(name, network, data, key)
+            scores[name] = self._scored(name, *networks, data, key)
         result = {"benchmark": self.benchmark.about(), "encoder": str(self.encoder_path), "scores": scores}
         for warning in self.benchmark.warnings:
             logger.warning("%s", warning)
@@ -166,18 +182,26 @@ class Probe:
         return result
 
     def _scored(
-        self, name: str, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+        self,
+        name: str,
+        pooled: nn.Module,
+        tokens: Tokens | RawPatches,
+        data: Mapping[str, Dataset],
+        key: Mapping[str, Any],
     ) -> dict[str, Any]:
-        size, parts = None if self.img_size is None else list(self.img_size), []
-        for part, images in data.items():
-            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
-            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
-        poolings = getattr(network, "poolings", {"pixels": slice(None)})
-        features = {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
         benchmark, found = self.benchmark, {}
-        chosen = probe_features(
-            features, self.labels, benchmark.num_classes, benchmark.task, self.probes, self.seed, self.device
-        )
+        chosen: dict[str, Chosen | Retrieved] = {}
+        if of_vectors := [probe for probe in self.probes if probe != "attentive"]:
+            chosen |= probe_features(
+                self._features(pooled, data, key), self.labels, benchmark.num_classes, benchmark.task, of_vectors,
+                self.seed, self.device,
+            )  # fmt: skip
+        if "attentive" in self.probes:
+            parts = [check_features(embed(tokens, images, self.device, self.batch_size)) for images in data.values()]
+            chosen["attentive"] = attentive_probe(
+                parts, self.labels, benchmark.num_classes, benchmark.task,
+                tokens.encoder.embed_dim // tokens.encoder.head_dim, seed=self.seed, device=self.device,
+            )  # fmt: skip
         subjects = [
             f"image {number}" if item.get("subject") is None else f"{item.get('source')}: {item['subject']}"
             for number, item in enumerate(benchmark.parts["test"])
@@ -188,6 +212,17 @@ class Probe:
             headline = next(score for score in HEADLINES if score in of)
             logger.info("%s, %s: %s %.4f %s", name, probe, HEADLINES[headline], of[headline], best.settings)
         return found
+
+    def _features(
+        self, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+    ) -> dict[str, list[np.ndarray]]:
+        """Each pooling's features of the parts."""
+        size, parts = None if self.img_size is None else list(self.img_size), []
+        for part, images in data.items():
+            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
+            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
+        poolings = getattr(network, "poolings", {"pixels": slice(None)})
+        return {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
 
 
 def probe_listing(result: Mapping[str, Any]) -> str:
