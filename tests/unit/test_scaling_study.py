@@ -12,6 +12,7 @@ from programs import run_python, started
 
 from biovfm_monai import cli
 from biovfm_monai.checkpoints import encoder_info
+from biovfm_monai.engines import measured_rate
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.scaling import execute, fit_table, launch, plan_study, run_study
 from biovfm_monai.evaluation.scaling.study import read_study
@@ -215,6 +216,22 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
         assert steps == list(range(1, 31))
         assert encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"] == 120
     assert list(rows["samples"]) == [120, 120]
+
+
+def test_rates_of_short_runs_give_networks_budgets_that_take_them_the_same_time(study, calls, images, tmp_path):
+    settings = {**SMALL, "dataset_dir": str(images), "max_epochs": 1, "train#handlers#1#interval": 1}
+    short = study(settings=settings, seeds=[0], benchmarks=None)
+    run_study(short, tmp_path / "short")
+    presets, speeds = {}, {}
+    for run in read_study(short):
+        log = tmp_path / "short/runs" / run.name / "eval/log.jsonl"
+        width, last = run.about["preset"], json.loads(log.read_text().splitlines()[-1])
+        speeds[width] = last["images_per_second"]
+        presets[width] = WIDTHS[width] | {"budget": f"{600 * measured_rate(str(log))} flops"}
+    for run in read_study(study(settings=settings, presets=presets, seeds=[0], benchmarks=None)):
+        plan, speed = run.plan(), speeds[run.about["preset"]]
+        epoch = plan.batch_size * settings["steps_per_epoch"] / speed
+        assert plan.samples / speed == pytest.approx(600, abs=epoch / 2 + 1e-3)
 
 
 @pytest.mark.slow
