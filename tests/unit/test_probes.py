@@ -161,11 +161,13 @@ def test_retrieval_takes_the_pooling_of_the_validation_part_and_its_interval_is_
     assert patients == [0, 1]
 
 
-def test_retrieval_without_one_class_per_image_or_with_too_few_images_is_refused(rng):
+def test_retrieval_of_findings_or_few_images_and_an_attentive_probe_of_features_are_refused(rng):
     labels = [np.arange(n) % 2 for n in (9, 4, 4)]
     features = {"mean": [rng.standard_normal((len(of), 3)) for of in labels]}
     with pytest.raises(InputError, match="at least 10 training images, got 9"):
         retrieval_probe(features, labels, TASKS[1])
+    with pytest.raises(InputError, match="the attentive probe takes tokens"):
+        probe_features(features, labels, 2, TASKS[1], ["attentive"])
     findings = [np.stack([of, 1 - of], 1) for of in labels]
     with pytest.raises(InputError, match="retrieval needs one class per image"):
         probe_features(features, findings, 2, TASKS[3], ["retrieval"])

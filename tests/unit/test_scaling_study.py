@@ -105,6 +105,8 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
         ),
         ({"presets": ["vit_giant"]}, "there is no preset 'vit_giant', but spad_vit_base"),
         ({"presets": None}, "has no 'presets'"),
+        ({"modalities": [["ct", "mri"]]}, "modalities .* must be a list of names, or an object"),
+        ({"modalities": {"radiology": ["ct", 3]}}, "modalities, radiology: .* must be an object of settings"),
         ({"presets": {"24": 3}}, "presets, 24: 3 must be an object"),
         ({"fractions": [0]}, "fractions 0 must be a number, above 0|fractions 0 must be above 0, and at most 1"),
         ({"fractions": 0.5}, "fractions 0.5 must be a list"),
@@ -216,6 +218,26 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
         assert steps == list(range(1, 31))
         assert encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"] == 120
     assert list(rows["samples"]) == [120, 120]
+
+
+def test_subsets_of_several_modalities_are_runs_with_the_images_of_each(study, calls, images, tmp_path):
+    sections = json.loads((images / "datalist.json").read_text())
+    kinds = ("xray", "ct", "mri", "ct", "xray")
+    items = [
+        {**item, "image": str(images / item["image"]), "modality": kind}
+        for item, kind in zip(sections["training"], kinds, strict=False)
+    ]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items}))
+    subsets = {"radiology": ["ct", "mri"], "all": None, "absent": ["ct", "pet"]}
+    path = study(
+        settings={**SMALL, "dataset_dir": str(tmp_path), "max_epochs": 1}, presets={"24": WIDTHS["24"]}, seeds=[0],
+        modalities=subsets, benchmarks=None,
+    )  # fmt: skip
+    table, failed = run_study(path, tmp_path / "out")
+    rows = pd.read_parquet(table).set_index("modality")
+    assert dict(rows["images"]) == {"radiology": 3, "all": 5}
+    (reason,) = failed.values()
+    assert "not of modality 'pet' but ct, mri, xray, as all" in reason
 
 
 def test_rates_of_short_runs_give_networks_budgets_that_take_them_the_same_time(study, calls, images, tmp_path):
