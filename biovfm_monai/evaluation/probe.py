@@ -81,7 +81,7 @@ def probe_features(
         elif probe == "knn":
             found[probe] = _neighbours(features, labels, num_classes, task)
         else:
-            raise InputError("the attentive probe takes tokens, and these are features. Call attentive_probe with them.")
+            raise InputError("the attentive probe takes tokens, not vectors of images. Give them to attentive_probe.")
     return found
 
 
