@@ -14,7 +14,7 @@ def probe(
     encoder: str,
     out: str = "probe.json",
     task: str | None = None,
-    modality: str | None = None,
+    modality: Any = None,
     probes: Any = ("knn", "linear", "logistic"),
     img_size: Any = None,
     cache: str | None = None,
@@ -29,13 +29,14 @@ def probe(
         encoder: encoder file.
         out: .json file to write.
         task: of a folder, such as ordinal-regression, where labels do not tell.
-        modality: of a folder's images, where neither a header nor a folder's name tells it.
-        probes: of knn, linear and logistic.
+        modality: of a folder's images, where neither a header nor a folder's name tells it; or the one, or several
+            such as ct,mri, whose images are used.
+        probes: of knn, linear, logistic, retrieval and attentive.
         img_size: to which images are fitted, such as [224,224]; without it the encoder's own.
-        cache: folder where features are kept.
+        cache: folder where features are kept; of attentive the tokens are not.
         device: such as cuda.
         batch_size: images that are embedded at a time; more than one only where all come in one size.
-        seed: of the untrained weights, the linear probe and the intervals.
+        seed: of the untrained weights, the linear and attentive probe, and the intervals.
     """
     from biovfm_monai.evaluation import Probe, probe_listing  # noqa: PLC0415
     from biovfm_monai.evaluation.benchmarks import open_benchmark  # noqa: PLC0415

@@ -38,21 +38,23 @@ _ROWS = 65536
 
 
 def load_datalist(
-    dataset_dir: str | Path | None, section: str = "training", modality: str | None = None
+    dataset_dir: str | Path | None, section: str = "training", modality: str | Sequence[str] | None = None
 ) -> Sequence[dict[str, Any]]:
     """Items of a dataset folder: a store's, those of its datalist.json or .parquet, or else all images found below it.
 
     Args:
         dataset_dir: store, or folder with images, or with a datalist whose paths are relative to it.
         section: which list of the datalist; images found without one are all "training", unless they say otherwise.
-        modality: of the items, where not all are wanted; those that neither a header nor a folder gives one have it.
+        modality: of the items, one or several, where not all are wanted; those that neither a header nor a folder
+            gives one have it, if it is one.
 
     Returns:
         Dicts with "image" (absolute path, or those of a volume's slices), "modality", and "spacing", "subject",
         "source", "label" where known; of a store itself a `Store`.
 
     Raises:
-        InputError: when the folder is missing or empty, or an item has no file or no modality.
+        InputError: when the folder is missing or empty, an item has no file or no modality, or none is of a modality
+            that is asked for.
     """
     if dataset_dir is None:
         raise InputError("no folder of images is given. Give it as --dataset_dir.")

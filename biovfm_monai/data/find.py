@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from biovfm_monai.errors import InputError
 
 __all__ = [
     "NO_IMAGE", "Findings", "Rejected", "endings", "find_images", "hashed", "look_into",
-    "require_modality", "survey", "with_modality",
+    "modality_names", "require_modality", "survey", "with_modality",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Findings(NamedTuple):
     rejected: list[Rejected]
 
 
-def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
+def find_images(folder: str | Path, modality: str | Sequence[str] | None = None) -> list[Item]:
     """Describe every image below a folder, or one file; DICOM files in one folder that are a volume's slices are one.
 
     The "image" of such a volume is their folder, or, where several series share it, the list of the slices. Only
@@ -60,7 +60,8 @@ def find_images(folder: str | Path, modality: str | None = None) -> list[Item]:
 
     Args:
         folder: what is looked through.
-        modality: of the images, where not all are wanted; those that neither a header nor a folder gives one have it.
+        modality: of the images, one or several, where not all are wanted; those that neither a header nor a folder
+            gives one have it, if it is one.
 
     Returns:
         Dicts with "image", "modality", "shape" (voxels along x, y, z), "channels", "dtype", "anisotropy", and where
@@ -104,22 +105,32 @@ def with_modality(items: Iterable[Item], modality: str | None) -> Iterator[Item]
         yield {**item, "modality": own}
 
 
-def require_modality(items: list[Item], modality: str | None = None) -> list[Item]:
-    """The items of one modality, or of all; those that tell none have the one that is asked for.
+def modality_names(modality: str | Sequence[str] | None) -> list[str]:
+    """The modalities that are asked for, of one name or several; none where all are wanted."""
+    return [modality] if isinstance(modality, str) else list(modality or ())
+
+
+def require_modality(items: list[Item], modality: str | Sequence[str] | None = None) -> list[Item]:
+    """The items of one modality, of several, or of all; those that tell none have the one that is asked for.
 
     Raises:
-        InputError: when all are of another modality, or one tells none and none is asked for, naming it.
+        InputError: when there is no item of one that is asked for, or an item tells none and not one is asked for.
     """
-    wanted = [item for item in with_modality(items, modality) if modality in (None, item["modality"])]
-    if items and not wanted:
-        there = ", ".join(sorted({item["modality"] for item in items})) + (", as all" if items[1:] else "")
-        raise InputError(f"{items[0]['image']}: not of modality {modality!r} but {there}. Give another --modality.")
+    asked = modality_names(modality)
+    items = list(with_modality(items, asked[0] if len(asked) == 1 else None))
+    there = {item["modality"] for item in items}
+    missing = [name for name in asked if name not in there]
+    if items and missing:
+        known = ", ".join(sorted(there)) + (", as all" if items[1:] else "")
+        lacking = ", ".join(map(repr, missing))
+        raise InputError(f"{items[0]['image']}: not of modality {lacking} but {known}. Give another --modality.")
+    wanted = [item for item in items if not asked or item["modality"] in asked]
     if len(wanted) < len(items):
         logger.info(
             "%d of %d images are of another modality than %s, and left out",
             len(items) - len(wanted),
             len(items),
-            modality,
+            " or ".join(asked),
         )
     return wanted
 

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from biovfm_monai.data.encoding import SHARE, Encoded, checksum_of, decode
+from biovfm_monai.data.find import modality_names
 from biovfm_monai.data.headers import readable
 from biovfm_monai.data.mixture import Labels
 from biovfm_monai.errors import InputError
@@ -100,13 +101,15 @@ class Store(Sequence[dict[str, Any]]):
     Args:
         path: folder that `pack` wrote.
         section: of the datalist it was packed from.
-        modality: of the images, where not all are wanted.
+        modality: of the images, one or several, where not all are wanted.
 
     Raises:
         InputError: when the folder holds no store, one that is not finished, or no such section or modality.
     """
 
-    def __init__(self, path: str | Path, section: str = "training", modality: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, section: str = "training", modality: str | Sequence[str] | None = None
+    ) -> None:
         self.path = Path(path).expanduser().resolve()
         require_store(self.path)
         with readable(self.path / ABOUT, "cannot be read"):
@@ -117,8 +120,8 @@ class Store(Sequence[dict[str, Any]]):
             # Of the index, not of each shard: on shared file systems asking takes long.
             self._version = version_of(self.path / INDEX)
         chosen = self._where("split", section)
-        if modality is not None:
-            chosen &= self._where("modality", modality)
+        if asked := modality_names(modality):
+            chosen &= np.any([self._where("modality", name) for name in asked], axis=0)
         # A store of one section needs no list of its rows.
         self._rows = None if chosen.all() else np.flatnonzero(chosen)
         self._starts = self._column("start", np.uint32)

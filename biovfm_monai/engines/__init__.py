@@ -15,6 +15,7 @@ from biovfm_monai.engines.progress import ProgressHandler
 from biovfm_monai.engines.resume import StateHandler
 from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scaled_rate
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents, fast_precision
+from biovfm_monai.engines.usage import machine_memory
 
 __all__ = [
     "AnisotropyInferer",
@@ -39,6 +40,7 @@ __all__ = [
     "draw_overlay",
     "epochs_for",
     "fast_precision",
+    "machine_memory",
     "make_plan",
     "measured_rate",
     "parameter_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import statistics
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 from biovfm_monai.engines.cost import Cost, cost_of, imagined, outlined
 from biovfm_monai.methods import SSLMethod
 
-__all__ = ["BatchCosts", "peak_flops", "peak_memory"]
+__all__ = ["BatchCosts", "machine_memory", "peak_flops", "peak_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,3 +114,8 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def machine_memory() -> float:
+    """GiB that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -88,12 +88,21 @@ def embed(
         batch_size: images at a time; more than one only when all have the same number of slices.
 
     Returns:
-        float32, images x features.
+        images x features, or whatever else the network makes of an image, in its precision.
+
+    Raises:
+        InputError: when it makes features of different numbers of them.
     """
     network = network.to(device).eval()
     loader = DataLoader(images, batch_size=batch_size, collate_fn=_stack)
     with torch.inference_mode():
         vectors = [network(batch.to(device)).cpu() for batch in loader]
+    shapes = {tuple(vector.shape[1:]) for vector in vectors}
+    if len(shapes) > 1:
+        raise InputError(
+            f"images have features of different shapes, {sorted(shapes)[0]} and {sorted(shapes)[1]}, as volumes of "
+            "different depth or spacing. Give --img_size, or bring them to one size."
+        )
     return torch.cat(vectors).numpy()
 
 

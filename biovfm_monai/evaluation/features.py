@@ -15,14 +15,18 @@ from monai.data import Dataset
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from biovfm_monai.engines import machine_memory
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import embed
 from biovfm_monai.files import version_of, write_atomically
 from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import as_slices
 
-__all__ = ["PooledFeatures", "cached_features", "check_features", "describe_items"]
+__all__ = [
+    "PooledFeatures", "RawPatches", "Tokens", "cached_features", "check_features", "describe_items", "require_room",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,60 @@ class PooledFeatures(nn.Module):
         return torch.cat([first, patches.mean(1), *last], 1).unflatten(0, (-1, slices)).mean(1)
 
 
+class Tokens(nn.Module):
+    """All tokens of an image in half precision; of a volume that a 2D encoder reads those of one slice after another.
+
+    Args:
+        encoder: maps an image to tokens.
+    """
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map B x C x (D) x H x W to B x tokens x embed_dim, float16."""
+        image, slices = as_slices(image, self.encoder.spatial_dims)
+        return self.encoder(image).half().unflatten(0, (-1, slices)).flatten(1, 2)
+
+
+class RawPatches(nn.Module):
+    """The voxels of an encoder's patches, which its tokens should be compared with.
+
+    Args:
+        encoder: cuts an image into patches.
+    """
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map B x C x (D) x H x W to B x patches x voxels, float16."""
+        image, slices = as_slices(image, self.encoder.spatial_dims)
+        return self.encoder.patchify(image).voxels.half().unflatten(0, (-1, slices)).flatten(1, 2)
+
+
+def require_room(network: nn.Module, parts: Sequence[Dataset], device: torch.device | str = "cpu") -> None:
+    """Refuse tokens that would not fit into memory, by those of one image.
+
+    Args:
+        network: image to tokens.
+        parts: images, the tokens of all of which are held at once; while they are put together, 2.5 times of it.
+        device: where the network runs.
+
+    Raises:
+        InputError: with what they would need.
+    """
+    one, images = embed(network, Subset(parts[0], [0]), device), sum(map(len, parts))
+    needed, there = 2.5 * images * one.nbytes / 2**30, machine_memory()
+    if needed > there:
+        raise InputError(
+            f"{one.shape[1]:,} tokens of {images:,} images need {needed:.3g} GiB for the attentive probe, and the "
+            f"machine has {there:.3g}. Give a smaller --img_size or fewer images, or leave the probe out."
+        )
+
+
 def describe_items(items: Sequence[Mapping[str, Any]]) -> str:
     """A hash of datalist items and of the sizes and times of their files, so that changed data are read anew."""
     digest, seen = hashlib.sha256(), set[str]()
@@ -94,10 +152,10 @@ def cached_features(
         device, batch_size: as in `embed`.
 
     Returns:
-        float32, images x features.
+        As `embed`.
 
     Raises:
-        InputError: when a feature is NaN or infinite, or all images have the same ones.
+        InputError: as `embed`, or when a feature is NaN or infinite, or all images have the same ones.
     """
     if folder is None:
         return check_features(embed(network, images, device, batch_size))
@@ -120,7 +178,7 @@ def check_features(features: np.ndarray) -> np.ndarray:
     Raises:
         InputError: when one is NaN or infinite, or all images have the same ones.
     """
-    broken = ~np.isfinite(features).all(1)
+    broken = ~np.isfinite(features).all(tuple(range(1, features.ndim)))
     if broken.any():
         raise InputError(
             f"features of {broken.sum()} of {len(features)} images are NaN or infinite, first number "

@@ -22,7 +22,7 @@ from biovfm_monai.files import write_atomically, write_json
 from biovfm_monai.networks import Embedder, ViT
 from biovfm_monai.sheet import draw_sheet, middle_slice
 
-__all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy", "knn_votes"]
+__all__ = ["KNNAccuracy", "KNNProbe", "knn_accuracy", "knn_votes", "standardised"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,14 @@ def knn_votes(train: np.ndarray, classes: np.ndarray, test: np.ndarray, ks: Sequ
     return {k: np.concatenate(found) for k, found in votes.items()}
 
 
+def standardised(train: np.ndarray) -> Pipeline:
+    """What standardises each feature by the training images, and gives vectors unit length: products are cosines."""
+    return make_pipeline(StandardScaler(), Normalizer()).fit(train)
+
+
 def _search(train: np.ndarray, k: int) -> tuple[Pipeline, NearestNeighbors]:
     """What prepares features, and what finds the k training images whose prepared ones are nearest."""
-    prepare = make_pipeline(StandardScaler(), Normalizer()).fit(train)
+    prepare = standardised(train)
     return prepare, NearestNeighbors(n_neighbors=k, algorithm="brute").fit(prepare.transform(train))
 
 

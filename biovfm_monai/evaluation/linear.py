@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.evaluation.metrics import TASKS, auc, ranked_auc
+from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap, ranked_auc, scores_of
 
-__all__ = ["RATES", "STRENGTHS", "Chosen", "few_shot", "linear_probe", "logistic_probe", "train_linear"]
+__all__ = [
+    "RATES", "STRENGTHS", "Chosen", "few_shot", "linear_probe", "logistic_probe", "loss_of_rates", "probabilities",
+    "train_linear",
+]  # fmt: skip
 
 RATES = tuple(float(rate) for rate in np.geomspace(1e-4, 1, 13))
 STRENGTHS = tuple(float(strength) for strength in np.geomspace(1e-4, 10, 6))
@@ -36,6 +40,21 @@ class Chosen:
     settings: dict[str, str | float]
     validation_auc: float
     likely: np.ndarray
+
+    def scored(
+        self,
+        labels: np.ndarray,
+        task: str,
+        subjects: Sequence[Any] | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """As `scores_of` the test part's labels, "intervals" as from `bootstrap`, "settings" and "validation_auc"."""
+        return {
+            **scores_of(labels, self.likely, task),
+            "intervals": bootstrap(labels, self.likely, task, subjects, draws, seed),
+            "settings": self.settings, "validation_auc": self.validation_auc,
+        }  # fmt: skip
 
 
 def train_linear(
@@ -75,7 +94,8 @@ def train_linear(
     for _ in range(epochs):
         for rows in torch.randperm(count, generator=order).to(device).split(batch_size):
             losses = [
-                _loss(_logits(x[rows], w, b), labels[rows]) for x, w, b in zip(features, weights, biases, strict=True)
+                loss_of_rates(_logits(x[rows], w, b), labels[rows])
+                for x, w, b in zip(features, weights, biases, strict=True)
             ]
             gradients = torch.autograd.grad(losses, [*weights, *biases])
             # Momentum is linear in the gradients, so scaling them by a rate is training with that rate.
@@ -93,8 +113,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product.view(len(x), rates, outputs).transpose(0, 1) + bias
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over images (and findings), sum over rates."""
+def loss_of_rates(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over images (and findings), sum over rates: logits are rates x images x outputs, labels of the images."""
     rates = len(logits)
     if labels.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits)) * rates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from sklearn.metrics import (
 
 from biovfm_monai.errors import InputError, require_within
 
-__all__ = ["TASKS", "auc", "bootstrap", "calibration_error", "check_labels", "classify", "ranked_auc", "scores_of"]
+__all__ = [
+    "TASKS", "auc", "bootstrap", "bootstrap_means", "calibration_error", "check_labels", "classify", "ranked_auc",
+    "scores_of",
+]  # fmt: skip
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 _BINS = 15
@@ -170,20 +173,42 @@ def bootstrap(
     Returns:
         Name -> lower and upper end; NaN where more than half of the draws lack a class.
     """
-    require_within(1, whole=True, draws=draws)
-    _, patient = np.unique(np.arange(len(labels)) if subjects is None else np.asarray(subjects), return_inverse=True)
-    count, random = int(patient.max()) + 1, np.random.default_rng(seed)
     truth, score = _against_others(labels, likely, task)
     right = classify(likely, task) == labels
     found: dict[str, list[float]] = {"auc": [], "accuracy": [], "balanced_accuracy": []}
     sorted_by = [_Ranked(truth[:, c], score[:, c]) for c in range(truth.shape[1])]
     one_hot = _one_hot(labels, likely, task)
-    for _ in range(draws):
-        weight = np.bincount(random.integers(count, size=count), minlength=count)[patient].astype(float)
+    for weight in _drawn(len(labels), subjects, draws, seed):
         found["auc"].append(float(np.mean([ranked.auc(weight) for ranked in sorted_by])))
         found["accuracy"].append(float(np.average(right, axis=0, weights=weight).mean()))
         found["balanced_accuracy"].append(_balanced(one_hot, right, weight))
     return {name: _percentiles(np.array(values)) for name, values in found.items()}
+
+
+def bootstrap_means(
+    values: Mapping[str, np.ndarray], subjects: Sequence[Any] | None = None, draws: int = 1000, seed: int = 0
+) -> dict[str, list[float]]:
+    """95 % percentile intervals of means over images, over patients.
+
+    Args:
+        values: name -> a number of each image.
+        subjects, draws, seed: as in `bootstrap`.
+
+    Returns:
+        Name -> lower and upper end.
+    """
+    table = np.stack([*values.values()])
+    means = [table @ weight / weight.sum() for weight in _drawn(table.shape[1], subjects, draws, seed)]
+    return {name: _percentiles(of) for name, of in zip(values, np.transpose(means), strict=True)}
+
+
+def _drawn(images: int, subjects: Sequence[Any] | None, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image is in a draw of patients, for each draw."""
+    require_within(1, whole=True, draws=draws)
+    _, patient = np.unique(np.arange(images) if subjects is None else np.asarray(subjects), return_inverse=True)
+    count, random = int(patient.max()) + 1, np.random.default_rng(seed)
+    for _ in range(draws):
+        yield np.bincount(random.integers(count, size=count), minlength=count)[patient].astype(float)
 
 
 def _one_hot(labels: np.ndarray, likely: np.ndarray, task: str) -> np.ndarray:

@@ -15,19 +15,35 @@ from torch import nn
 
 from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
+from biovfm_monai.evaluation.attentive import attentive_probe
 from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
-from biovfm_monai.evaluation.embed import RawPixels, transform_of
-from biovfm_monai.evaluation.features import PooledFeatures, cached_features, describe_items
+from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
+from biovfm_monai.evaluation.features import (
+    PooledFeatures,
+    RawPatches,
+    Tokens,
+    cached_features,
+    check_features,
+    describe_items,
+    require_room,
+)
 from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import Chosen, linear_probe, logistic_probe
-from biovfm_monai.evaluation.metrics import TASKS, bootstrap, ranked_auc, scores_of
+from biovfm_monai.evaluation.metrics import TASKS, ranked_auc
+from biovfm_monai.evaluation.retrieval import Retrieved, require_classes, retrieval_probe
 from biovfm_monai.files import write_json
 
-__all__ = ["Probe", "probe_features", "probe_listing"]
+__all__ = ["HEADLINES", "Probe", "probe_features", "probe_listing", "require_probes"]
 
 logger = logging.getLogger(__name__)
 
 PROBES = ("knn", "linear", "logistic")
+_FURTHER = ("retrieval", "attentive")
+#: scores that are printed and go into tables of runs -> how they are called; controls are told by the first one there.
+HEADLINES = {
+    "auc": "AUC", "accuracy": "accuracy", "mean_average_precision": "mAP", "precision_at_1": "precision at 1",
+    "precision_at_5": "at 5", "precision_at_10": "at 10",
+}  # fmt: skip
 _NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 _PIXELS = 1024
 
@@ -40,30 +56,47 @@ def probe_features(
     probes: Sequence[str] = PROBES,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> dict[str, Chosen]:
-    """The best of each kind of probe, chosen by AUC on the validation part.
+) -> dict[str, Chosen | Retrieved]:
+    """The best of each kind of probe, chosen on the validation part: by AUC, or for retrieval by its mean precision.
 
     Args:
         features: pooling -> training, validation and test part, images x features.
         labels: of these parts, as from `check_labels`.
         num_classes, task: as in `check_labels`.
-        probes: of knn, linear and logistic.
+        probes: of knn, linear, logistic and retrieval.
         seed, device: of the linear probe.
 
     Raises:
-        InputError: when there is no such probe.
+        InputError: as `require_probes`, or on attentive, which takes tokens.
     """
-    found: dict[str, Chosen] = {}
+    require_probes(probes, task)
+    found: dict[str, Chosen | Retrieved] = {}
     for probe in probes:
         if probe == "linear":
             found[probe] = linear_probe(features, labels, num_classes, task, seed=seed, device=device)
         elif probe == "logistic":
             found[probe] = logistic_probe(features, labels, task)
+        elif probe == "retrieval":
+            found[probe] = retrieval_probe(features, labels, task)
         elif probe == "knn":
             found[probe] = _neighbours(features, labels, num_classes, task)
         else:
-            raise InputError(f"there is no probe {probe!r}, but {', '.join(PROBES)}. Correct it.")
+            raise InputError("the attentive probe takes tokens, not vectors of images. Give them to attentive_probe.")
     return found
+
+
+def require_probes(probes: Sequence[str], task: str) -> None:
+    """Refuse what is no probe, or none of a task, before features are made for it.
+
+    Raises:
+        InputError: naming it.
+    """
+    known = (*PROBES, *_FURTHER)
+    unknown = [probe for probe in probes if probe not in known]
+    if unknown:
+        raise InputError(f"there is no probe {unknown[0]!r}, but {', '.join(known)}. Correct it.")
+    if "retrieval" in probes:
+        require_classes(task)
 
 
 def _neighbours(
@@ -86,17 +119,17 @@ class Probe:
     Args:
         encoder_path: what is scored.
         benchmark: such as `benchmarks.medmnist` gives.
-        probes: of knn, linear and logistic.
+        probes: of knn, linear, logistic, retrieval and attentive.
         img_size: to which images are fitted; None for the encoder's own.
-        cache_dir: folder where features are kept; None to make them anew.
-        device: where encoder and linear probe run.
+        cache_dir: folder where features are kept, but no tokens; None to make them anew.
+        device: where the encoder, the linear and the attentive probe run.
         batch_size: images that are embedded at a time; more than one only where all come in one size.
         draws: of the bootstrap over patients.
-        seed: of untrained weights, the linear probe and the bootstrap.
+        seed: of untrained weights, the linear and the attentive probe, and the bootstrap.
         output_path: JSON file for the scores; None for no file.
 
     Raises:
-        InputError: when a label cannot be scored.
+        InputError: when a label cannot be scored, or as `require_probes`; in `run`, when tokens do not fit into memory.
     """
 
     def __init__(
@@ -116,25 +149,31 @@ class Probe:
         self.probes, self.img_size, self.cache_dir = list(probes), img_size, cache_dir
         self.device, self.batch_size = device, batch_size
         self.draws, self.seed, self.output_path = draws, seed, output_path
+        require_probes(self.probes, benchmark.task)
 
     def run(self) -> dict[str, Any]:
-        """What the benchmark is, and "scores" by contender and probe: as `scores_of`, "intervals", "settings"."""
+        """What the benchmark is, and "scores" by contender and probe, as `Chosen.scored` or `Retrieved.scored`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             untrained = build_encoder(self.encoder_path)
-        pixels = RawPixels(untrained.spatial_dims, _PIXELS)
-        contenders: dict[str, nn.Module] = {
-            "encoder": PooledFeatures(load_encoder(self.encoder_path)), "random_init": PooledFeatures(untrained),
-            "raw_pixels": pixels,
-        }  # fmt: skip
+        encoder, pixels = load_encoder(self.encoder_path), RawPixels(untrained.spatial_dims, _PIXELS)
+        # What makes one vector of an image, and what many.
+        contenders: dict[str, tuple[nn.Module, Tokens | RawPatches]] = {
+            "encoder": (PooledFeatures(encoder), Tokens(encoder)),
+            "random_init": (PooledFeatures(untrained), Tokens(untrained)),
+            "raw_pixels": (pixels, RawPatches(untrained)),
+        }
         with self.encoder_path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         transform = transform_of(self.encoder_path, self.img_size)
         data = {part: Dataset(list(self.benchmark.parts[part]), transform) for part in PARTS}
+        if "attentive" in self.probes:
+            for _, tokens in contenders.values():
+                require_room(tokens, [*data.values()], self.device)
         scores = {}
-        for name, network in contenders.items():
+        for name, networks in contenders.items():
             key = {"encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None}
-            scores[name] = self._scored(name, network, data, key)
+            scores[name] = self._scored(name, *networks, data, key)
         result = {"benchmark": self.benchmark.about(), "encoder": str(self.encoder_path), "scores": scores}
         for warning in self.benchmark.warnings:
             logger.warning("%s", warning)
@@ -143,30 +182,47 @@ class Probe:
         return result
 
     def _scored(
-        self, name: str, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+        self,
+        name: str,
+        pooled: nn.Module,
+        tokens: Tokens | RawPatches,
+        data: Mapping[str, Dataset],
+        key: Mapping[str, Any],
     ) -> dict[str, Any]:
-        size, parts = None if self.img_size is None else list(self.img_size), []
-        for part, images in data.items():
-            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
-            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
-        poolings = getattr(network, "poolings", {"pixels": slice(None)})
-        features = {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
         benchmark, found = self.benchmark, {}
-        chosen = probe_features(
-            features, self.labels, benchmark.num_classes, benchmark.task, self.probes, self.seed, self.device
-        )
+        chosen: dict[str, Chosen | Retrieved] = {}
+        if of_vectors := [probe for probe in self.probes if probe != "attentive"]:
+            chosen |= probe_features(
+                self._features(pooled, data, key), self.labels, benchmark.num_classes, benchmark.task, of_vectors,
+                self.seed, self.device,
+            )  # fmt: skip
+        if "attentive" in self.probes:
+            parts = [check_features(embed(tokens, images, self.device, self.batch_size)) for images in data.values()]
+            chosen["attentive"] = attentive_probe(
+                parts, self.labels, benchmark.num_classes, benchmark.task,
+                tokens.encoder.embed_dim // tokens.encoder.head_dim, seed=self.seed, device=self.device,
+            )  # fmt: skip
         subjects = [
             f"image {number}" if item.get("subject") is None else f"{item.get('source')}: {item['subject']}"
             for number, item in enumerate(benchmark.parts["test"])
         ]
         for probe, best in chosen.items():
-            of = scores_of(self.labels[2], best.likely, benchmark.task)
-            intervals = bootstrap(self.labels[2], best.likely, benchmark.task, subjects, self.draws, self.seed)
-            found[probe] = {
-                **of, "intervals": intervals, "settings": best.settings, "validation_auc": best.validation_auc,
-            }  # fmt: skip
-            logger.info("%s, %s: AUC %.4f %s", name, probe, of["auc"], best.settings)
+            of = best.scored(self.labels[2], benchmark.task, subjects, self.draws, self.seed)
+            found[probe] = of
+            headline = next(score for score in HEADLINES if score in of)
+            logger.info("%s, %s: %s %.4f %s", name, probe, HEADLINES[headline], of[headline], best.settings)
         return found
+
+    def _features(
+        self, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+    ) -> dict[str, list[np.ndarray]]:
+        """Each pooling's features of the parts."""
+        size, parts = None if self.img_size is None else list(self.img_size), []
+        for part, images in data.items():
+            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
+            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
+        poolings = getattr(network, "poolings", {"pixels": slice(None)})
+        return {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
 
 
 def probe_listing(result: Mapping[str, Any]) -> str:
@@ -176,11 +232,13 @@ def probe_listing(result: Mapping[str, Any]) -> str:
     lines += [f"    {warning}" for warning in about["warnings"]]
     for contender, probes in result["scores"].items():
         for probe, of in probes.items():
-            low, high = of["intervals"]["auc"]
             settings = ", ".join(
                 f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
                 for name, value in of["settings"].items()
             )
-            score = f"AUC {of['auc']:.4f} [{low:.4f}, {high:.4f}], accuracy {of['accuracy']:.4f}"
-            lines.append(f"{contender:<12} {probe:<9} {score} ({settings})")
+            first, *others = (score for score in HEADLINES if score in of)
+            low, high = of["intervals"][first]
+            shown = [f"{HEADLINES[first]} {of[first]:.4f} [{low:.4f}, {high:.4f}]"]
+            shown += [f"{HEADLINES[score]} {of[score]:.4f}" for score in others]
+            lines.append(f"{contender:<12} {probe:<9} {', '.join(shown)} ({settings})")
     return "\n".join(lines)

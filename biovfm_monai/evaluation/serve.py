@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from biovfm_monai.checkpoints import load_encoder
 from biovfm_monai.data import read_image
 from biovfm_monai.data.find import NO_IMAGE, Rejected, require_modality, survey
 from biovfm_monai.data.headers import suffix
-from biovfm_monai.engines import draw_overlay, write_chances
+from biovfm_monai.engines import draw_overlay, machine_memory, write_chances
 from biovfm_monai.errors import InputError, reason_of
 from biovfm_monai.evaluation.bundle import Bundle, open_bundle
 from biovfm_monai.evaluation.dicom_seg import write_dicom_seg
@@ -60,7 +59,7 @@ def segment_files(
         InputError: as `open_bundle`.
     """
     opened, folder = open_bundle(bundle, overrides), Path(out)
-    budget = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    budget = memory or machine_memory()
     taken: set[str] = set()
 
     def label(item: Mapping[str, Any]) -> None:

@@ -76,6 +76,22 @@ def test_a_modality_is_given_to_images_that_tell_none_and_leaves_out_those_of_an
         load_datalist(tmp_path / "mri", modality="oct")
 
 
+def test_several_modalities_are_had_at_once_and_each_must_be_there_and_told(tmp_path, caplog):
+    for name in ("ct/a.png", "mri/b.png", "oct/c.png"):
+        (tmp_path / name).parent.mkdir()
+        write_png(tmp_path / name, np.eye(4, dtype=np.uint8))
+    with caplog.at_level("INFO"):
+        items = load_datalist(tmp_path, modality=["ct", "oct"])
+    assert {item["modality"] for item in items} == {"ct", "oct"}
+    assert "1 of 3 images are of another modality than ct or oct" in caplog.text
+    with pytest.raises(InputError, match=r"not of modality 'pet', 'xray' but ct, mri, oct, as all\. Give another"):
+        load_datalist(tmp_path, modality=["ct", "pet", "xray"])
+    write_png(tmp_path / "d.png", np.eye(4, dtype=np.uint8))
+    with pytest.raises(InputError, match=r"d\.png: cannot tell the modality"):
+        load_datalist(tmp_path, modality=["ct", "oct"])
+    assert len(load_datalist(tmp_path, modality=["ct"])) == len(load_datalist(tmp_path, modality="ct")) == 2
+
+
 def test_the_dataset_folders_own_name_tells_the_modality_but_none_above_it(tmp_path):
     for dataset_dir in ("x/ct", "ct/x"):
         (tmp_path / dataset_dir / "y").mkdir(parents=True)

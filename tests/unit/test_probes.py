@@ -8,6 +8,8 @@ import pytest
 import torch
 from monai.data import Dataset
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -16,12 +18,16 @@ from biovfm_monai import cli
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data.datalist import write_datalist
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import RawPixels, knn_accuracy, probe_features
+from biovfm_monai.evaluation import Probe, RawPixels, knn_accuracy, probe_features
+from biovfm_monai.evaluation.attentive import attentive_probe, train_attentive
 from biovfm_monai.evaluation.benchmarks import Benchmark, dataset, medmnist
-from biovfm_monai.evaluation.features import PooledFeatures, cached_features, describe_items
+from biovfm_monai.evaluation.embed import embed
+from biovfm_monai.evaluation.features import PooledFeatures, RawPatches, Tokens, cached_features, describe_items
 from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import few_shot, linear_probe, logistic_probe, train_linear
-from biovfm_monai.evaluation.metrics import TASKS, auc
+from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap_means
+from biovfm_monai.evaluation.report.scores import scores_of_json
+from biovfm_monai.evaluation.retrieval import rank_scores, retrieval_probe
 from biovfm_monai.networks import Embedder, ViT
 
 
@@ -122,6 +128,112 @@ def test_the_pooling_and_the_rate_are_chosen_on_the_validation_part_alone(rng):
     assert logistic_probe({"noise": noise, "good": good}, labels, TASKS[0]).settings["pooling"] == "good"
 
 
+@pytest.mark.parametrize("cells", [2**20, 300 * 7, 1])
+def test_average_precision_of_each_query_is_scikit_learns_whatever_the_blocks(cells, rng, monkeypatch):
+    monkeypatch.setattr("biovfm_monai.evaluation.retrieval._CELLS", cells)
+    (train, labels), (test, truth) = blobs(rng, 300), blobs(rng, 20)
+    found = rank_scores(train, labels, test, truth)
+    scale = StandardScaler().fit(train)
+    similarity = cosine_similarity(scale.transform(test), scale.transform(train))
+    for query, likeness in enumerate(similarity):
+        relevant = labels == truth[query]
+        assert found["mean_average_precision"][query] == pytest.approx(
+            average_precision_score(relevant, likeness), 1e-9
+        )
+        nearest = relevant[np.argsort(-likeness)]
+        for at in (1, 5, 10):
+            assert found[f"precision_at_{at}"][query] == nearest[:at].mean()
+
+
+def test_retrieval_takes_the_pooling_of_the_validation_part_and_its_interval_is_over_patients(rng):
+    labels = [np.arange(n) % 3 for n in (60, 30, 30)]
+    good = [np.eye(3)[of] + 0.5 * rng.standard_normal((len(of), 3)) for of in labels]
+    noise = [rng.standard_normal((len(of), 4)) for of in labels]
+    best = probe_features({"noise": noise, "good": good}, labels, 3, TASKS[0], ["retrieval"])["retrieval"]
+    alone = best.scored(labels[2], TASKS[0])
+    assert alone["settings"] == {"pooling": "good"}
+    assert alone["mean_average_precision"] > 0.6
+    low, high = alone["intervals"]["mean_average_precision"]
+    assert low < alone["mean_average_precision"] < high
+    together = best.scored(labels[2], TASKS[0], subjects=["a patient"] * 30)["intervals"]
+    assert together["precision_at_5"] == pytest.approx([alone["precision_at_5"]] * 2)
+    patients = bootstrap_means({"x": np.repeat([0.0, 1.0], 500)}, np.repeat(["a", "b"], 500))["x"]
+    assert patients == [0, 1]
+
+
+def test_retrieval_of_findings_or_few_images_and_an_attentive_probe_of_features_are_refused(rng):
+    labels = [np.arange(n) % 2 for n in (9, 4, 4)]
+    features = {"mean": [rng.standard_normal((len(of), 3)) for of in labels]}
+    with pytest.raises(InputError, match="at least 10 training images, got 9"):
+        retrieval_probe(features, labels, TASKS[1])
+    with pytest.raises(InputError, match="the attentive probe takes tokens"):
+        probe_features(features, labels, 2, TASKS[1], ["attentive"])
+    findings = [np.stack([of, 1 - of], 1) for of in labels]
+    with pytest.raises(InputError, match="retrieval needs one class per image"):
+        probe_features(features, findings, 2, TASKS[3], ["retrieval"])
+
+
+def hidden_in_one_token(rng, count, tokens=16, width=12, classes=3):
+    """Tokens of noise, one of which, at a random place, tells the class and that it does."""
+    labels = np.arange(count) % classes
+    found = rng.standard_normal((count, tokens, width))
+    place = rng.integers(tokens, size=count)
+    found[np.arange(count), place, :classes] = 4 * np.eye(classes)[labels]
+    found[np.arange(count), place, classes] = 6
+    return found.astype(np.float16), labels
+
+
+def test_an_attentive_probe_finds_the_one_token_that_tells_the_class_which_a_mean_hides(rng):
+    tokens, labels = zip(*(hidden_in_one_token(rng, count) for count in (300, 150, 150)), strict=True)
+    found = attentive_probe(tokens, labels, 3, TASKS[0], num_heads=2)
+    means = {"mean": [of.astype(np.float32).mean(1) for of in tokens]}
+    mean = linear_probe(means, labels, 3, TASKS[0])
+    assert auc(labels[2], mean.likely, TASKS[0]) < 0.85
+    assert auc(labels[2], found.likely, TASKS[0]) > 0.97
+    again = attentive_probe(tokens, labels, 3, TASKS[0], num_heads=2)
+    assert np.array_equal(again.likely, found.likely)
+    assert again.settings == found.settings
+    other = attentive_probe(tokens, labels, 3, TASKS[0], num_heads=2, seed=1)
+    assert not np.array_equal(other.likely, found.likely)
+
+
+def test_attentive_heads_trained_at_once_are_those_trained_one_by_one(rng):
+    tokens, labels = hidden_in_one_token(rng, 50)
+    findings = torch.from_numpy(np.eye(3)[labels]).float()
+    for truth in (torch.from_numpy(labels), findings):
+        both = train_attentive(tokens, truth, 3, 4, [1e-3, 1e-2], epochs=2, batch_size=16)
+        for rate, head in zip([1e-3, 1e-2], both, strict=True):
+            (alone,) = train_attentive(tokens, truth, 3, 4, [rate], epochs=2, batch_size=16)
+            assert all(torch.equal(x, y) for x, y in zip(head.parameters(), alone.parameters(), strict=True))
+
+
+def test_tokens_of_images_and_of_slices_are_the_encoders_and_raw_ones_its_patches():
+    encoder = ViT(1, (28, 28), 7, embed_dim=24, depth=2, num_heads=2).eval()
+    volume = torch.randn(2, 1, 3, 28, 28)
+    tokens = Tokens(encoder)(volume)
+    assert tokens.shape == (2, 3 * 17, 24)
+    assert torch.equal(tokens[:, 17:34], encoder(volume[:, :, 1]).half())
+    raw = RawPatches(encoder)(volume)
+    assert raw.shape == (2, 3 * 16, 49)
+    assert torch.equal(raw[:, 16], volume[:, 0, 1, :7, :7].flatten(1).half())
+
+
+def test_tokens_that_would_not_fit_are_refused_before_any_are_made_with_what_they_need(
+    tmp_path, rng, encoder_file, monkeypatch
+):
+    probe = Probe(encoder_file, medmnist(archive(tmp_path, rng)), ["attentive"])
+    monkeypatch.setattr("biovfm_monai.evaluation.features.machine_memory", lambda: 136 * 17 * 24 * 2 * 2.4 / 2**30)
+    monkeypatch.setattr(probe, "_scored", None)
+    with pytest.raises(InputError, match=r"17 tokens of 136 images need 0\.000258 GiB .* Give a smaller --img_size"):
+        probe.run()
+
+
+def test_images_of_different_numbers_of_tokens_are_refused(rng):
+    images = Dataset([{"image": torch.randn(1, depth, 28, 28)} for depth in (2, 3)])
+    with pytest.raises(InputError, match=r"images have features of different shapes, \(34, 24\) and \(51, 24\)"):
+        embed(Tokens(ViT(1, (28, 28), 7, embed_dim=24, depth=1, num_heads=2)), images)
+
+
 def test_few_shots_grow_better_and_are_refused_beyond_the_rarest_class(rng):
     (train, labels), (test, truth) = blobs(rng, 300, apart=0.7), blobs(rng, 300, apart=0.7)
     few, more = (few_shot([train, test], [labels, truth], TASKS[0], shots) for shots in (1, 30))
@@ -212,6 +324,32 @@ def test_the_command_scores_an_archive_beside_its_controls_and_says_that_it_is_n
             assert of["auc"] > 0.7
     assert len(list((tmp_path / "c").iterdir())) == 9
     assert f"AUC {result['scores']['encoder']['linear']['auc']:.4f}" in told
+
+
+def test_the_command_tells_of_further_probes_and_refuses_wrong_ones_before_features_are_made(
+    tmp_path, rng, encoder_file, monkeypatch, capsys
+):
+    path = archive(tmp_path, rng)
+    command = ["biovfm", "probe", str(path), str(encoder_file), "--out", str(tmp_path / "p.json"), "--probes"]
+    monkeypatch.setattr("sys.argv", [*command, "['attentive','retrieval']"])
+    cli.main()
+    result = json.loads((tmp_path / "p.json").read_text())
+    found = result["scores"]["encoder"]["retrieval"]
+    low, high = found["intervals"]["mean_average_precision"]
+    said = f"encoder      retrieval mAP {found['mean_average_precision']:.4f} [{low:.4f}, {high:.4f}], precision at 1 "
+    assert said in capsys.readouterr().out
+    for probes in result["scores"].values():
+        assert probes["attentive"]["auc"] > 0.7
+        assert set(probes["attentive"]["settings"]) == {"rate"}
+    reported = {of.name: of for of in scores_of_json("run", "p", result)}["scores, encoder, retrieval, precision_at_10"]
+    assert (reported.task, reported.value) == ("bloodmnist", found["precision_at_10"])
+    assert [reported.low, reported.high] == found["intervals"]["precision_at_10"]
+    findings = [{"image": "none", "label": label} for label in ([0, 1], [1, 0])]
+    several = Benchmark("x", TASKS[3], 2, dict.fromkeys(("training", "validation", "test"), findings), "", "")
+    with pytest.raises(InputError, match="this task has findings"):
+        Probe(encoder_file, several, ["retrieval"])
+    with pytest.raises(InputError, match="there is no probe 'knm', but knn, linear, logistic, retrieval"):
+        Probe(encoder_file, several, ["knm"])
 
 
 def test_an_official_file_brings_no_warning(tmp_path, rng, monkeypatch):

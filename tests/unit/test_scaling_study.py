@@ -12,9 +12,11 @@ from programs import run_python, started
 
 from biovfm_monai import cli
 from biovfm_monai.checkpoints import encoder_info
+from biovfm_monai.engines import measured_rate
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.scaling import execute, fit_table, launch, plan_study, run_study
 from biovfm_monai.evaluation.scaling.study import read_study
+from biovfm_monai.evaluation.scaling.table import groups_of
 
 SMALL = {
     "in_channels": 1, "img_size": [16, 16], "crop_size": [16, 16], "batch_size": 4, "max_epochs": 2,
@@ -103,6 +105,8 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
         ),
         ({"presets": ["vit_giant"]}, "there is no preset 'vit_giant', but spad_vit_base"),
         ({"presets": None}, "has no 'presets'"),
+        ({"modalities": [["ct", "mri"]]}, "modalities .* must be a list of names, or an object"),
+        ({"modalities": {"radiology": ["ct", 3]}}, "modalities, radiology: .* must be an object of settings"),
         ({"presets": {"24": 3}}, "presets, 24: 3 must be an object"),
         ({"fractions": [0]}, "fractions 0 must be a number, above 0|fractions 0 must be above 0, and at most 1"),
         ({"fractions": 0.5}, "fractions 0.5 must be a list"),
@@ -116,6 +120,11 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
 def test_what_means_nothing_in_a_study_is_named(study, changed, words):
     with pytest.raises(InputError, match=words):
         read_study(study(**changed))
+
+
+def test_a_probe_that_is_none_is_named_before_a_run_begins(study, images):
+    with pytest.raises(InputError, match="benchmarks, a: there is no probe 'knm', but knn, linear"):
+        read_study(study(benchmarks={"a": {"path": str(images), "probes": "knm"}}))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", None])
@@ -140,7 +149,7 @@ def test_a_plan_has_a_line_for_each_run_and_one_for_all(study):
 def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp_path):
     one = {
         "seeds": [0],
-        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear"]}},
+        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear", "retrieval"]}},
         "fractions": [0.5],
     }
     path, out = study(**one), tmp_path / "my results"
@@ -159,19 +168,26 @@ def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp
     assert len(calls) == 2 * 2
     assert not any("mae_24" in call for call in calls)
     rows = pd.read_parquet(table)
-    assert len(rows) == 3 * 2
+    assert len(rows) == 3 * 3
     assert not rows.duplicated(["run", "task", "protocol"]).any()
-    assert set(rows["protocol"]) == {"knn probe", "linear probe"}
-    assert rows[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
+    found = rows[rows["protocol"] == "retrieval probe"].filter(regex="average_precision|precision_at")
+    assert len(found) == 3
+    assert len(found.columns) == 4 + 2
+    assert found.stack().between(0, 1).all()
+    probed = rows[rows["protocol"].isin(["knn probe", "linear probe"])]
+    assert len(probed) == 3 * 2
+    assert probed[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
     assert (rows["samples"] == 24).all()
     assert (rows["images"] == 5).all()
-    for run, row in zip(read_study(path), rows[::2].to_dict("records"), strict=True):
+    for run, row in zip(read_study(path), rows[::3].to_dict("records"), strict=True):
         assert row["flops"] == pytest.approx(run.plan().flops)
         assert row["encoder_parameters"] == run.plan().encoder_parameters
         assert row["seconds"] > 0
 
     with pytest.raises(InputError, match="differ in protocol"):
         fit_table(table, "flops", "auc", ["method"])
+    assert [label for label, _ in groups_of(rows, ["protocol"], ["auc"])] == ["knn probe", "linear probe"]
+    assert [label for label, _ in groups_of(rows, ["protocol"], ["mean_average_precision"])] == ["retrieval probe"]
     assert set(fit_table(table, "encoder_parameters", "loss", ["protocol"])["fits"]) == set(rows["protocol"])
     changed = {**SMALL, "batch_size": 8, "dataset_dir": str(images)}
     with pytest.raises(InputError, match=r"otherwise: settings batch_size: 4 before, 8 now\. Give another --out"):
@@ -202,6 +218,42 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
         assert steps == list(range(1, 31))
         assert encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"] == 120
     assert list(rows["samples"]) == [120, 120]
+
+
+def test_subsets_of_several_modalities_are_runs_with_the_images_of_each(study, calls, images, tmp_path):
+    sections = json.loads((images / "datalist.json").read_text())
+    kinds = ("xray", "ct", "mri", "ct", "xray")
+    items = [
+        {**item, "image": str(images / item["image"]), "modality": kind}
+        for item, kind in zip(sections["training"], kinds, strict=False)
+    ]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items}))
+    subsets = {"radiology": ["ct", "mri"], "all": None, "absent": ["ct", "pet"]}
+    path = study(
+        settings={**SMALL, "dataset_dir": str(tmp_path), "max_epochs": 1}, presets={"24": WIDTHS["24"]}, seeds=[0],
+        modalities=subsets, benchmarks=None,
+    )  # fmt: skip
+    table, failed = run_study(path, tmp_path / "out")
+    rows = pd.read_parquet(table).set_index("modality")
+    assert dict(rows["images"]) == {"radiology": 3, "all": 5}
+    (reason,) = failed.values()
+    assert "not of modality 'pet' but ct, mri, xray, as all" in reason
+
+
+def test_rates_of_short_runs_give_networks_budgets_that_take_them_the_same_time(study, calls, images, tmp_path):
+    settings = {**SMALL, "dataset_dir": str(images), "max_epochs": 1, "train#handlers#1#interval": 1}
+    short = study(settings=settings, seeds=[0], benchmarks=None)
+    run_study(short, tmp_path / "short")
+    presets, speeds = {}, {}
+    for run in read_study(short):
+        log = tmp_path / "short/runs" / run.name / "eval/log.jsonl"
+        width, last = run.about["preset"], json.loads(log.read_text().splitlines()[-1])
+        speeds[width] = last["images_per_second"]
+        presets[width] = WIDTHS[width] | {"budget": f"{600 * measured_rate(str(log))} flops"}
+    for run in read_study(study(settings=settings, presets=presets, seeds=[0], benchmarks=None)):
+        plan, speed = run.plan(), speeds[run.about["preset"]]
+        epoch = plan.batch_size * settings["steps_per_epoch"] / speed
+        assert plan.samples / speed == pytest.approx(600, abs=epoch / 2 + 1e-3)
 
 
 @pytest.mark.slow

@@ -427,6 +427,16 @@ def test_sections_and_labels_are_those_of_the_datalist(tmp_path):
         load_datalist(tmp_path / "store", "valid")
 
 
+def test_several_modalities_of_a_store_can_be_had(store):
+    names = {item["modality"] for item in Store(store)}
+    some = sorted(names)[:2]
+    expected = [item["modality"] for item in Store(store) if item["modality"] in some]
+    assert [item["modality"] for item in load_datalist(store, modality=some)] == expected
+    assert names > set(expected) == set(some)
+    with pytest.raises(InputError, match="has no modality 'oct', but"):
+        load_datalist(store, modality=[*some, "oct"])
+
+
 def test_one_modality_of_a_store_can_be_had(store):
     assert {item["modality"] for item in load_datalist(store, modality="mri")} == {"mri"}
     assert len(load_datalist(store, modality="mri")) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from biovfm_monai.evaluation.metrics import TASKS
 __all__ = ["dataset"]
 
 
-def dataset(folder: str | Path, task: str | None = None, modality: str | None = None) -> Benchmark:
+def dataset(folder: str | Path, task: str | None = None, modality: str | Sequence[str] | None = None) -> Benchmark:
     """A benchmark of the sections training, validation and test of a dataset folder or store.
 
     Labels may be words: classes are then numbered in the order of the alphabet.

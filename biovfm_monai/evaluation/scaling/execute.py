@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from biovfm_monai.checkpoints import encoder_info
 from biovfm_monai.data.columns import share_of
 from biovfm_monai.errors import InputError, reason_of, require_within
+from biovfm_monai.evaluation.probe import HEADLINES
 from biovfm_monai.evaluation.scaling.launch import alone, gpu, launched
 from biovfm_monai.evaluation.scaling.study import FRACTION, StudyRun, read_study
 from biovfm_monai.files import write_atomically, write_json
@@ -192,8 +193,9 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         if path.exists():
             scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
             for probe, of in scores["encoder"].items():
-                controls = {f"{name}_auc": scores[name][probe]["auc"] for name in ("random_init", "raw_pixels")}
-                found = {"auc": of["auc"], "accuracy": of["accuracy"], **controls}
+                found = {name: of[name] for name in HEADLINES if name in of}
+                first = next(iter(found))
+                found |= {f"{name}_{first}": scores[name][probe][first] for name in ("random_init", "raw_pixels")}
                 yield {**row, "task": task, "protocol": f"{probe} probe", **found}
 
 

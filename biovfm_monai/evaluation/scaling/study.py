@@ -15,6 +15,7 @@ from biovfm_monai import networks
 from biovfm_monai.engines import Plan, make_plan, measured_rate, plan_cells, table_of
 from biovfm_monai.errors import InputError, reason_of, require_within
 from biovfm_monai.evaluation.benchmarks import open_benchmark
+from biovfm_monai.evaluation.probe import require_probes
 from biovfm_monai.shipped import shipped_folder
 
 __all__ = ["FRACTION", "StudyRun", "plan_study", "read_study"]
@@ -65,7 +66,8 @@ def read_study(path: str | Path) -> list[StudyRun]:
     The file is JSON with "bundle" (name of a shipped one, or a folder), "settings" (keys of its train.json -> values,
     for all runs), "methods" (overlays), "presets" (of `biovfm_monai.networks`), "fractions" of the images, "modalities"
     ("all", or the one that is used), "seeds", and "benchmarks" (name -> path, or options of `biovfm probe`). Methods,
-    presets and modalities may be an object, name -> settings of its own; a preset or modality then may have any name.
+    presets and modalities may be an object, name -> settings of its own; a preset or modality then may have any name,
+    and of modalities it may be name -> list of those that are used, null for all.
 
     Raises:
         InputError: when the file is none, or a key or value means nothing.
@@ -141,11 +143,19 @@ def _choices(path: str | Path, axis: str, given: Any) -> dict[Any, dict[str, Any
     """Each choice of an axis -> the settings that it stands for."""
     if not isinstance(given, list | dict) or not given:
         raise InputError(f"{path}: {axis} {given!r} must be a list with an entry at least. Correct it.")
+    if isinstance(given, list) and any(isinstance(name, list | dict) for name in given):
+        raise InputError(f"{path}: {axis} {given!r} must be a list of names, or an object. Correct it.")
     own = given if isinstance(given, dict) else {name: {} for name in given}
+    if axis == "modalities":
+        own = {name: {"modality": of} if of is None or _is_names(of) else of for name, of in own.items()}
     for name, settings in own.items():
         if not isinstance(settings, dict):
             raise InputError(f"{path}: {axis}, {name}: {settings!r} must be an object of settings. Correct it.")
     return {name: {**_meant(path, axis, name, bool(settings)), **settings} for name, settings in own.items()}
+
+
+def _is_names(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(isinstance(name, str) for name in given)
 
 
 def _meant(path: str | Path, axis: str, name: Any, own: bool) -> dict[str, Any]:
@@ -184,7 +194,10 @@ def _probed(path: str | Path, name: str, given: Any) -> dict[str, Any]:
     where = str(Path(options["path"]).expanduser().resolve())
     try:
         # Better now than after hours of training.
-        open_benchmark(where, options.get("task"), options.get("modality")).labels()
+        benchmark = open_benchmark(where, options.get("task"), options.get("modality"))
+        benchmark.labels()
+        probes = options.get("probes", [])
+        require_probes([probes] if isinstance(probes, str) else probes, benchmark.task)
     except (InputError, OSError) as error:
         raise InputError(f"{path}: benchmarks, {name}: {reason_of(error)}") from error
     return {**options, "path": where}

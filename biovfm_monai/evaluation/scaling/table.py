@@ -40,18 +40,19 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def groups_of(table: pd.DataFrame, by: Sequence[str], numbers: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Rows that agree in some columns, by their values, in order.
+    """Rows that agree in some columns, by their values, in order, without those of protocols that have no such number.
 
     Raises:
         InputError: when a column that has to hold finite numbers does not, or runs of a group differ in "protocol".
     """
+    table = _having(table, numbers)
     for name in numbers:
         values = pd.to_numeric(table[name], errors="coerce")
         wrong = np.flatnonzero(~np.isfinite(values.to_numpy(float)))
         if len(wrong):
             raise InputError(
                 f"column {name!r} holds no finite number in {len(wrong)} row(s), first {table[name].iloc[wrong[0]]!r} "
-                f"in row {wrong[0] + 1}. Correct or leave out those rows."
+                f"in row {table.index[wrong[0]] + 1}. Correct or leave out those rows."
             )
         table = table.assign(**{name: values.astype(float)})
     groups = table.groupby(list(by), dropna=False) if by else [((), table)]
@@ -64,6 +65,14 @@ def groups_of(table: pd.DataFrame, by: Sequence[str], numbers: Sequence[str]) ->
                 "with --by protocol."
             )
         yield label, rows
+
+
+def _having(table: pd.DataFrame, numbers: Sequence[str]) -> pd.DataFrame:
+    """Rows of protocols that have these numbers in some row: of retrieval there is no AUC."""
+    if "protocol" not in table:
+        return table
+    known = table.groupby("protocol", dropna=False)[[*numbers]].transform("count").gt(0).all(axis=1)
+    return table[known] if known.any() else table
 
 
 def fit_table(
