@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -138,7 +139,8 @@ def main() -> None:
                 images, of_peak, memory = found[processes][name].values()
                 alone = found[1][name]["images"] if 1 in found else float("nan")
                 row = f"| {encoder} | {name} | {processes} | {images:.1f} | {images / alone / processes:.2f}"
-                print(f"{row} | {of_peak:.2f} | {memory:.1f} GiB |", flush=True)
+                shown = "" if math.isnan(memory) else f"{memory:.1f} GiB"
+                print(f"{row} | {of_peak:.2f} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":
