@@ -219,8 +219,10 @@ class DINOv2(SSLMethod):
             return sinkhorn(scores, self._temperature())
         shares = ((scores - self.centers[kind]) / self._temperature()).softmax(dim=1)
         if self.training:
-            rows = distributed.total(torch.tensor(float(len(scores)), device=scores.device)).clamp(min=1)
-            self.centers[kind].lerp_(distributed.total(scores.sum(0)) / rows, 1 - _CENTER_MOMENTUM)
+            rows = distributed.total(torch.tensor(float(len(scores)), device=scores.device))
+            # Where a step hides no patch, the sum of none is no mean to go to.
+            pace = (1 - _CENTER_MOMENTUM) * rows.clamp(max=1)
+            self.centers[kind].lerp_(distributed.total(scores.sum(0)) / rows.clamp(min=1), pace)
         return shares
 
     def _temperature(self) -> Tensor:

@@ -243,6 +243,15 @@ def test_the_center_is_the_moving_mean_of_the_teachers_scores():
     torch.testing.assert_close(method.centers[0], 0.1 * scores.mean(0))
 
 
+def test_a_step_that_hides_no_patch_leaves_their_center_where_it_is():
+    method = dino(centering="mean", mask_probability=0.0)
+    method.centers += torch.randn_like(method.centers)
+    before = method.centers.clone()
+    method(crops())
+    assert torch.equal(method.centers[1], before[1])
+    assert not torch.equal(method.centers[0], before[0])
+
+
 def test_a_queue_holds_the_newest_class_tokens():
     method = dino(queue=8)
     old = method.queue.clone()
