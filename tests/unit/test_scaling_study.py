@@ -240,6 +240,7 @@ def test_subsets_of_several_modalities_are_runs_with_the_images_of_each(study, c
     assert "not of modality 'pet' but ct, mri, xray, as all" in reason
 
 
+@pytest.mark.slow
 def test_rates_of_short_runs_give_networks_budgets_that_take_them_the_same_time(study, calls, images, tmp_path):
     settings = {**SMALL, "dataset_dir": str(images), "max_epochs": 1, "train#handlers#1#interval": 1}
     short = study(settings=settings, seeds=[0], benchmarks=None)
