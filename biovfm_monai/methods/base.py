@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
-from biovfm_monai.networks import SoftTokenizer, ViT
+from biovfm_monai.networks import PatchEmbed, SoftTokenizer, ViT
 
 __all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch", "small_views"]
 
@@ -71,17 +71,21 @@ def images_of_batch(batch: Mapping[str, Any], name: str, views: int | None = Non
     return batch[name]
 
 
-def small_views(batch: Mapping[str, Any], patch_size: Sequence[int]) -> Tensor | None:
-    """The local crops of a batch, views x B x C x D x H x W; None where it has none.
+def small_views(batch: Mapping[str, Any], patch_embed: PatchEmbed, degree: int | None) -> Tensor | None:
+    """The local crops of a batch, views x B x C x (D) x H x W; None where it has none.
 
     Raises:
-        InputError: when they do not divide into patches.
+        InputError: when they do not divide into patches, which are the shallower the thicker the slices are.
     """
     local: Tensor | None = batch.get("local_crops")
-    if local is not None and any(n % side for n, side in zip(local.shape[-2:], patch_size[-2:], strict=True)):
+    if local is None:
+        return None
+    size = list(local.shape[3:])
+    patch = list(patch_embed.stride(degree or 0)[-len(size) :])
+    if any(n % side for n, side in zip(size, patch, strict=True)):
         raise InputError(
-            f"small views of {list(local.shape[-2:])} pixels do not divide into patches of {list(patch_size[-2:])}. "
-            "Give --views::local_view::img_size that does."
+            f"small views of size {size} do not divide into patches of {patch}. Give --views::local_view::img_size in "
+            f"multiples of {list(patch_embed.patch_size[-len(size) :])}."
         )
     return local
 

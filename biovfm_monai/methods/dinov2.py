@@ -138,12 +138,12 @@ class DINOv2(SSLMethod):
         """
         crops = images_of_batch(batch, "global_crops")
         views, b = crops.shape[:2]
-        local = small_views(batch, self.encoder.patch_embed.patch_size)
+        degree = degree_of_batch(batch)
+        local = small_views(batch, self.encoder.patch_embed, degree)
         if views < 2 and local is None:
             raise InputError(
                 "DINOv2 compares views, and there is one. Give MultiCrop two global_views, or a local_view."
             )
-        degree = degree_of_batch(batch)
         patches = self.encoder.patchify(crops.flatten(0, 1), degree)
         hidden = self._hidden(batch, views, patches)
         large, small = self._learn(patches, hidden, local, degree)

@@ -58,7 +58,7 @@ class LeJEPA(SSLMethod):
             InputError: when an image has a single view, or small ones do not divide into patches.
         """
         crops, degree = [images_of_batch(batch, "global_crops")], degree_of_batch(batch)
-        local = small_views(batch, self.encoder.patch_embed.patch_size)
+        local = small_views(batch, self.encoder.patch_embed, degree)
         if local is not None:
             crops.append(local)
         views = sum(len(part) for part in crops)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
-from biovfm_monai.methods import DINOv2
+from biovfm_monai.methods import DINOv2, LeJEPA
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import ViT
 
@@ -19,9 +19,9 @@ def vit(size=(32, 32), **options):
     return ViT(1, size, 8, embed_dim=24, depth=2, num_heads=3, **options)
 
 
-def dino(**options):
+def dino(size=(32, 32), **options):
     torch.manual_seed(0)
-    return DINOv2(vit(), **{"prototypes": 12, "hidden_dim": 24, "bottleneck_dim": 8, **options})
+    return DINOv2(vit(size), **{"prototypes": 12, "hidden_dim": 24, "bottleneck_dim": 8, **options})
 
 
 def crops(b=3, local=2):
@@ -291,7 +291,7 @@ def test_the_teachers_encoder_is_the_one_to_keep():
         (lambda: dino()({"global_crops": torch.zeros(1, 2, 1, 32, 32)}), r"there is one\. Give MultiCrop two"),
         (
             lambda: dino()(crops() | {"local_crops": torch.zeros(2, 3, 1, 12, 12)}),
-            r"small views of \[12, 12\] pixels do not divide into patches of \[8, 8\]\. Give --views::local_view::img_",
+            r"views of size \[12, 12\] do not divide into patches of \[8, 8\]\. Give --views::local_view::img_size in",
         ),
         (lambda: dino()(crops(1)), r"as many images, and a step has 1\. Raise --batch_size, give --method::queue"),
     ],
@@ -299,6 +299,32 @@ def test_the_teachers_encoder_is_the_one_to_keep():
 def test_what_cannot_be_is_refused_with_the_reason(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def loss_of_volumes(method, degree, depth):
+    """Of large views as deep as the patches of 8 are at a degree of anisotropy, and small ones of a depth."""
+    large, small = torch.randn(2, 3, 1, max(8 >> degree, 1), 16, 16), torch.randn(1, 3, 1, depth, 8, 8)
+    return method({"global_crops": large, "local_crops": small, "anisotropy": torch.full((3,), degree)})["loss"]
+
+
+OF_VOLUMES = [lambda: dino((8, 16, 16)), lambda: LeJEPA(vit((8, 16, 16)), projector_dims=(8, 8), num_slices=4)]
+
+
+@pytest.mark.parametrize("make", OF_VOLUMES)
+@pytest.mark.parametrize(("degree", "depth"), [(0, 16), (1, 4), (2, 2), (3, 3), (5, 1)])
+def test_small_views_are_as_shallow_as_thick_slices_make_patches(make, degree, depth):
+    assert loss_of_volumes(make(), degree, depth).isfinite()
+
+
+@pytest.mark.parametrize("make", OF_VOLUMES)
+@pytest.mark.parametrize(("degree", "depth", "patch"), [(0, 4, 8), (0, 12, 8), (1, 2, 4), (2, 3, 2)])
+def test_small_views_whose_depth_does_not_divide_are_refused_with_their_key(make, degree, depth, patch):
+    message = (
+        rf"small views of size \[{depth}, 8, 8\] do not divide into patches of \[{patch}, 8, 8\]\. Give "
+        r"--views::local_view::img_size in multiples of \[8, 8, 8\]\."
+    )
+    with pytest.raises(InputError, match=message):
+        loss_of_volumes(make(), degree, depth)
 
 
 # What tells of a collapse
