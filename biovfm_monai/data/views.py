@@ -233,7 +233,7 @@ class MultiCrop:
         num_local: how many small ones.
 
     Raises:
-        InputError: when there is no large view, or large ones differ in size, or num_local is negative.
+        InputError: when there is no large view, views differ in axes, large ones in size, or num_local is negative.
     """
 
     def __init__(
@@ -246,6 +246,12 @@ class MultiCrop:
             sizes = [list(view.img_size) for view in global_views]
             raise InputError(f"global_views of sizes {sizes} must be one or more, of one size. Correct them.")
         require_within(0, whole=True, num_local=num_local)
+        large = list(global_views[0].img_size)
+        if local_view is not None and len(local_view.img_size) != len(large):
+            raise InputError(
+                f"local_view of size {list(local_view.img_size)} must have as many axes as global_views, which are "
+                f"{large}. Correct --views::local_view::img_size."
+            )
         self.global_views, self.local_view, self.num_local = list(global_views), local_view, num_local
 
     @property

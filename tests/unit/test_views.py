@@ -324,6 +324,13 @@ def test_large_views_of_no_or_several_sizes_are_refused(views):
         MultiCrop(views)
 
 
+@pytest.mark.parametrize(("large", "small"), [((8, 16, 16), (8, 8)), ((16, 16), (8, 8, 8))])
+def test_small_views_of_other_axes_than_the_large_ones_are_refused(large, small):
+    rule = f"local_view of size {list(small)} must have as many axes as global_views, which are {list(large)}. Correct"
+    with pytest.raises(InputError, match=re.escape(rule)):
+        MultiCrop([RandomResizedCrop(large)], RandomResizedCrop(small))
+
+
 def test_eight_bits_are_shown_as_their_share_of_255():
     image = torch.randint(0, 256, (2, 3, 1, 20, 20), dtype=torch.uint8)
     for view in (RandomResizedCrop((8, 8)), MultiCrop([RandomResizedCrop((8, 8))] * 2)):
