@@ -75,6 +75,25 @@ def test_an_overlay_leaves_nothing_of_a_bundles_own_method(bundle, method):
 
 
 @pytest.mark.parametrize(
+    ("bundle", "method", "own"),
+    [
+        ("biovfm_dinov2_pretraining", "dinov2", []),
+        ("spad_tokenizer_pretraining", "spad_tokenizer", []),
+        ("spad_mim_pretraining", "masked_tokens", ["method#tokenizer#path"]),
+    ],
+)
+def test_an_overlay_makes_of_the_bundle_of_its_method_what_it_is(bundle, method, own):
+    files = [str(ROOT / f"bundles/{bundle}/configs/train.json"), str(ROOT / f"configs/{method}.json")]
+    found = []
+    for given in (files[:1], files):
+        parser = ConfigParser()
+        parser.read_config(given)
+        parser.update(dict.fromkeys(own))
+        found.append(parser.config)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
     ("bundle", "method"),
     [("biovfm_dinov2_pretraining", "mae"), ("spad_mim_pretraining", "dinov2"), ("spad_mim_pretraining", "moco_v3")],
 )
