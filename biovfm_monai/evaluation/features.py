@@ -25,7 +25,7 @@ from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import as_slices
 
 __all__ = [
-    "PooledFeatures", "RawPatches", "Tokens", "cached_features", "check_features", "describe_items", "require_room",
+    "PooledFeatures", "Tokens", "cached_features", "check_features", "describe_items", "require_room",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -72,33 +72,18 @@ class Tokens(nn.Module):
 
     Args:
         encoder: maps an image to tokens.
+        raw: give the voxels of its patches instead, which its tokens should be compared with.
     """
 
-    def __init__(self, encoder: ViT) -> None:
+    def __init__(self, encoder: ViT, raw: bool = False) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.raw = encoder, raw
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map B x C x (D) x H x W to B x tokens x embed_dim, float16."""
+        """Map B x C x (D) x H x W to B x tokens x embed_dim, or if `raw` B x patches x voxels, float16."""
         image, slices = as_slices(image, self.encoder.spatial_dims)
-        return self.encoder(image).half().unflatten(0, (-1, slices)).flatten(1, 2)
-
-
-class RawPatches(nn.Module):
-    """The voxels of an encoder's patches, which its tokens should be compared with.
-
-    Args:
-        encoder: cuts an image into patches.
-    """
-
-    def __init__(self, encoder: ViT) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Map B x C x (D) x H x W to B x patches x voxels, float16."""
-        image, slices = as_slices(image, self.encoder.spatial_dims)
-        return self.encoder.patchify(image).voxels.half().unflatten(0, (-1, slices)).flatten(1, 2)
+        found = self.encoder.patchify(image).voxels if self.raw else self.encoder(image)
+        return found.half().unflatten(0, (-1, slices)).flatten(1, 2)
 
 
 def require_room(network: nn.Module, parts: Sequence[Dataset], device: torch.device | str = "cpu") -> None:

@@ -20,7 +20,6 @@ from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
 from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.evaluation.features import (
     PooledFeatures,
-    RawPatches,
     Tokens,
     cached_features,
     check_features,
@@ -158,10 +157,10 @@ class Probe:
             untrained = build_encoder(self.encoder_path)
         encoder, pixels = load_encoder(self.encoder_path), RawPixels(untrained.spatial_dims, _PIXELS)
         # What makes one vector of an image, and what many.
-        contenders: dict[str, tuple[nn.Module, Tokens | RawPatches]] = {
+        contenders: dict[str, tuple[nn.Module, Tokens]] = {
             "encoder": (PooledFeatures(encoder), Tokens(encoder)),
             "random_init": (PooledFeatures(untrained), Tokens(untrained)),
-            "raw_pixels": (pixels, RawPatches(untrained)),
+            "raw_pixels": (pixels, Tokens(untrained, raw=True)),
         }
         with self.encoder_path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -185,7 +184,7 @@ class Probe:
         self,
         name: str,
         pooled: nn.Module,
-        tokens: Tokens | RawPatches,
+        tokens: Tokens,
         data: Mapping[str, Dataset],
         key: Mapping[str, Any],
     ) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from biovfm_monai.evaluation import Probe, RawPixels, knn_accuracy, probe_featur
 from biovfm_monai.evaluation.attentive import attentive_probe, train_attentive
 from biovfm_monai.evaluation.benchmarks import Benchmark, dataset, medmnist
 from biovfm_monai.evaluation.embed import embed
-from biovfm_monai.evaluation.features import PooledFeatures, RawPatches, Tokens, cached_features, describe_items
+from biovfm_monai.evaluation.features import PooledFeatures, Tokens, cached_features, describe_items
 from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import few_shot, linear_probe, logistic_probe, train_linear
 from biovfm_monai.evaluation.metrics import TASKS, auc, bootstrap_means
@@ -213,7 +213,7 @@ def test_tokens_of_images_and_of_slices_are_the_encoders_and_raw_ones_its_patche
     tokens = Tokens(encoder)(volume)
     assert tokens.shape == (2, 3 * 17, 24)
     assert torch.equal(tokens[:, 17:34], encoder(volume[:, :, 1]).half())
-    raw = RawPatches(encoder)(volume)
+    raw = Tokens(encoder, raw=True)(volume)
     assert raw.shape == (2, 3 * 16, 49)
     assert torch.equal(raw[:, 16], volume[:, 0, 1, :7, :7].flatten(1).half())
 
