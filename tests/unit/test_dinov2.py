@@ -24,8 +24,8 @@ def dino(size=(32, 32), **options):
     return DINOv2(vit(size), **{"prototypes": 12, "hidden_dim": 24, "bottleneck_dim": 8, **options})
 
 
-def crops(b=3, local=2):
-    torch.manual_seed(1)
+def crops(b=3, local=2, seed=1):
+    torch.manual_seed(seed)
     batch = {"global_crops": torch.randn(2, b, 1, 32, 32), "key": torch.arange(b)}
     return batch | ({"local_crops": torch.randn(local, b, 1, 16, 16)} if local else {})
 
@@ -93,87 +93,85 @@ def test_koleo_stands_equal_rows_and_one_alone(rows):
 # The losses of views and of patches
 
 
-def slow_scores(method, batch):
-    """The teacher's, of class tokens and of hidden patches, one view and image after the other; which patches."""
-    parts = method.teacher.network
-    large = batch["global_crops"]
-    views, b = large.shape[:2]
-    hidden = method._hidden(batch, views, method.encoder.patchify(large.flatten(0, 1))).unflatten(0, (views, b))
-    taught = [[parts["encoder"](large[v, i][None])[0] for i in range(b)] for v in range(views)]
-    picked = [(v, i, p) for v in range(views) for i in range(b) for p in range(16) if hidden[v, i, p]]
-    patch_head = parts["patch_head" if "patch_head" in parts else "head"]
-    of_views = torch.stack([parts["head"](taught[v][i][:1])[0] for v in range(views) for i in range(b)])
-    return of_views, torch.stack([patch_head(taught[v][i][1 + p][None])[0] for v, i, p in picked]), picked, hidden
+def slow_shares(method):
+    """How class tokens (kind 0) and hidden patches (kind 1) are shared out, from step to step, by a head of theirs."""
+    centers, queue = [0.0, 0.0], list(method.queue.clone())
+
+    def shares(head, tokens, kind):
+        embedded = head.embed(tokens)
+        scores = head.likeness(embedded)
+        if method.centering == "mean":
+            found = ((scores - centers[kind]) / 0.04).softmax(1)
+            centers[kind] = 0.9 * centers[kind] + 0.1 * scores.mean(0)
+            return found
+        if queue and kind == 0:
+            whole_batches = torch.stack(queue[: len(queue) // len(tokens) * len(tokens)])
+            queue[:] = [*embedded, *queue][: len(queue)]
+            scores = torch.cat([scores, head.likeness(whole_batches)])
+        return torch.tensor(slow_sinkhorn(scores.double().numpy(), 0.04, 3))[: len(tokens)]
+
+    return shares
 
 
-def slow_shares(method, scores, kind, earlier):
-    """By Sinkhorn, class tokens together with those of batches before, or by the moving mean of the batch before."""
-    if method.centering == "mean":
-        center = 0.1 * slow_scores(method, earlier[-1])[kind].mean(0) if earlier else 0
-        return ((scores - center) / 0.04).softmax(1)
-    if kind == 0:
-        scores = torch.cat([scores, *(slow_scores(method, one)[0] for one in reversed(earlier))])
-    return torch.tensor(slow_sinkhorn(scores.double().numpy(), 0.04, 3), dtype=torch.float32)
-
-
-@torch.no_grad()
-def slow_losses(method, batch, earlier=()):
-    """All three losses, one view, image and patch after the other."""
+def slow_losses(method, batch, shares_of):
+    """The losses, one view, image and patch after the other."""
+    teacher = method.teacher.network
     large, small = batch["global_crops"], batch["local_crops"]
     views, b = large.shape[:2]
-    of_views, of_patches, picked, hidden = slow_scores(method, batch)
-    shares = slow_shares(method, of_views, 0, earlier)[: views * b].unflatten(0, (views, b))
-    targets = slow_shares(method, of_patches, 1, earlier)
-    seen = {}
-    for v in range(views):
-        for i in range(b):
-            pieces = method.encoder.patchify(large[v, i][None])
-            voxels = pieces.voxels.clone()
-            voxels[0, hidden[v, i]] = 0
-            x, _ = method.encoder.embed(pieces._replace(voxels=voxels))
-            x[0, 1:][hidden[v, i]] += method.mask_token
-            seen[v, i] = method.encoder.encode(x)[0][0]
-    views_seen = [[seen[v, i][0] for i in range(b)] for v in range(views)]
-    views_seen += [[method.encoder(one[i][None])[0, 0] for i in range(b)] for one in small]
+    with torch.no_grad():
+        taught = [[teacher["encoder"](large[v, i][None])[0] for i in range(b)] for v in range(views)]
+        classes = torch.stack([taught[v][i][0] for v in range(views) for i in range(b)])
+        shares = shares_of(teacher["head"], classes, 0).unflatten(0, (views, b))
+        patches = method.encoder.patchify(large.flatten(0, 1))
+        hidden = method._hidden(batch, views, patches).unflatten(0, (views, b))
+        picked = [(v, i, p) for v in range(views) for i in range(b) for p in range(16) if hidden[v, i, p]]
+        name = "patch_head" if "patch_head" in teacher else "head"
+        targets = shares_of(teacher[name], torch.stack([taught[v][i][1 + p] for v, i, p in picked]), 1)
+        seen = {}
+        for v in range(views):
+            for i in range(b):
+                pieces = method.encoder.patchify(large[v, i][None])
+                voxels = pieces.voxels.clone()
+                voxels[0, hidden[v, i]] = 0
+                x, _ = method.encoder.embed(pieces._replace(voxels=voxels))
+                x[0, 1:][hidden[v, i]] += method.mask_token
+                seen[v, i] = method.encoder.encode(x)[0][0]
+        views_seen = [[seen[v, i][0] for i in range(b)] for v in range(views)]
+        views_seen += [[method.encoder(one[i][None])[0, 0] for i in range(b)] for one in small]
 
-    def entropy(share, token, head):
-        return -(share * (head(token[None])[0] / 0.1).log_softmax(0)).sum().item()
+        def entropy(share, token, head):
+            return -(share * (head(token[None])[0] / 0.1).log_softmax(0)).sum().item()
 
-    pairs = [(t, s) for t in range(views) for s in range(len(views_seen)) if t != s]
-    dino = np.mean([entropy(shares[t, i], views_seen[s][i], method.head) for t, s in pairs for i in range(b)])
-    spread = sum(koleo(torch.stack(tokens)).item() for tokens in views_seen[:views])
-    ibot = {}
-    for (v, i, p), target in zip(picked, targets, strict=True):
-        value = entropy(target, seen[v, i][1 + p], method.patch_head or method.head)
-        ibot.setdefault((v, i), []).append(value)
-    return dino, sum(np.mean(values) for values in ibot.values()) / (views * b), spread
+        pairs = [(t, s) for t in range(views) for s in range(len(views_seen)) if t != s]
+        of_views = np.mean([entropy(shares[t, i], views_seen[s][i], method.head) for t, s in pairs for i in range(b)])
+        spread = sum(koleo(torch.stack(tokens)).item() for tokens in views_seen[:views])
+        of_patches = {}
+        for (v, i, p), target in zip(picked, targets, strict=True):
+            found = entropy(target, seen[v, i][1 + p], getattr(method, name))
+            of_patches.setdefault((v, i), []).append(found)
+        return of_views, sum(np.mean(values) for values in of_patches.values()) / (views * b), spread
 
 
 @pytest.mark.parametrize(
-    ("options", "before"),
-    [({}, 0), ({"separate_heads": True}, 0), ({"centering": "mean"}, 1), ({"queue": 14}, 2)],
-    ids=["one head", "separate heads", "mean", "queue"],
+    "options",
+    [{}, {"separate_heads": True}, {"centering": "mean", "separate_heads": True}, {"centering": "mean"}, {"queue": 14}],
+    ids=str,
 )
-def test_the_losses_are_those_of_one_view_and_patch_after_the_other(options, before):
-    method = dino(**options)
-    with torch.no_grad():
-        method.mask_token.normal_()
-        if method.patch_head is not None:
-            # A batch later the teacher's two heads would differ, too.
-            method.teacher.network["patch_head"].layers[0].weight.add_(0.1)
-    batches = [
-        crops() | {"global_crops": torch.randn(2, 3, 1, 32, 32), "key": 3 * n + torch.arange(3)} for n in range(3)
-    ]
-    earlier, batch = batches[:before], batches[-1]
-    for one in earlier:
-        method(one)
-    dino_loss, ibot, spread = slow_losses(method, batch, earlier)
-    found = method(batch)
-    assert found["dino"].item() == pytest.approx(dino_loss, rel=2e-4)
-    assert found["ibot"].item() == pytest.approx(ibot, rel=2e-4)
-    assert found["koleo"].item() == pytest.approx(spread, rel=1e-4)
-    total = found["dino"] + found["ibot"] + 0.1 * found["koleo"]
-    torch.testing.assert_close(found["loss"], total)
+def test_the_losses_of_two_steps_are_those_of_one_view_and_patch_after_the_other(options):
+    weights = {"dino_weight": 0.7, "ibot_weight": 1.3, "koleo_weight": 0.2}
+    method = dino(momentum=0.5, **weights, **options)
+    shares = slow_shares(method)
+    for step in range(2):
+        with torch.no_grad():
+            for parameter in method._student().parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            method.mask_token.normal_()
+        method.after_step(0.0)
+        batch = crops(seed=step)
+        found, expected = method(batch), slow_losses(method, batch, shares)
+        parts = [found[name].item() for name in ("dino", "ibot", "koleo")]
+        assert parts == pytest.approx(expected, rel=1e-4)
+        assert found["loss"].item() == pytest.approx(np.dot([0.7, 1.3, 0.2], expected), rel=1e-4)
 
 
 def test_the_soft_cross_entropy_of_a_student_that_agrees_is_the_entropy():

@@ -123,6 +123,19 @@ def test_sigreg_of_several_dimensions_is_the_mean_over_directions():
     assert float(sigreg(rows, key, 20, knots=2001)) == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_gradient_of_sigreg_is_the_slope_of_the_statistic():
+    rows, key = 0.3 + 1.5 * torch.randn(20, 3, dtype=torch.float64), torch.tensor(3)
+    directions = _directions(key, 5, 3).double().numpy()
+
+    def statistic(rows):
+        return np.mean([epps_pulley(rows.numpy() @ direction, 3) for direction in directions])
+
+    sigreg(rows.requires_grad_(), key, 5, knots=1001).backward()
+    step = 1e-3 * torch.randn_like(rows)
+    slope = (statistic(rows.detach() + step) - statistic(rows.detach() - step)) / 2
+    assert (rows.grad * step).sum().item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
 def test_sigreg_is_least_for_normal_rows_and_grows_with_what_is_not():
     # Of N normal numbers the expectation is the integral of (1 - exp(-t^2)) exp(-t^2 / 2).
     expected = quad(lambda t: (1 - math.exp(-(t**2))) * math.exp(-(t**2) / 2), -3, 3)[0]
