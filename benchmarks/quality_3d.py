@@ -14,25 +14,23 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from monai.data import CacheDataset
-from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from monai.networks import one_hot
 from monai.transforms import Compose, LoadImaged, SpatialPadd
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from training import train
 
 from biovfm_monai.data.modalities import mri
 from biovfm_monai.data.modalities.base import SlicesFirstd
 from biovfm_monai.engines import fast_precision
-from biovfm_monai.networks import ViT, patchify, spad_vit_tiny
+from biovfm_monai.evaluation.voxels import token_maps, train_voxel_layers
+from biovfm_monai.networks import ViT, spad_vit_tiny
 
 BUNDLE = "mri_mae_pretraining"
 METHODS = {"mae": None, "lejepa": "lejepa", "dinov2": "dinov2", "moco_v3": "moco_v3"}
@@ -60,47 +58,20 @@ def images_of(folder: Path) -> list[Path]:
     return [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
 
 
-@torch.inference_mode()
-def tokens_of(volumes: list[dict[str, Any]], network: Callable[[Tensor], Tensor]) -> Tensor:
+def maps_of(volumes: list[dict[str, Any]], encoder: ViT, raw: bool = False) -> Tensor:
     """Volumes x features x grid."""
-    return torch.cat([network(volume["image"][None]) for volume in volumes]).float().clone()
+    return torch.cat([token_maps(encoder.eval(), volume["image"][None], raw=raw) for volume in volumes]).float()
 
 
-def of_encoder(encoder: ViT) -> Callable[[Tensor], Tensor]:
-    """The last block's tokens."""
-    encoder.eval()
-    return lambda image: encoder.features(image, [-1], 0)[0]
-
-
-def of_pixels(image: Tensor) -> Tensor:
-    """The pixels of each patch."""
-    grid = [n // PATCH for n in WHOLE]
-    return patchify(image, (PATCH,) * 3).transpose(1, 2).unflatten(2, grid)
-
-
-def dice(tokens: Tensor, volumes: list[dict[str, Any]], first_test: int, seed: int) -> tuple[float, float]:
+def dice(maps: Tensor, volumes: list[dict[str, Any]], first_test: int, seed: int) -> tuple[float, float]:
     """Train the linear layer on the first volumes, and score the others: anterior, posterior."""
-    torch.manual_seed(seed)
-    known = tokens[:first_test]
-    mean, std = known.mean((0, 2, 3, 4), keepdim=True), known.std((0, 2, 3, 4), keepdim=True) + 1e-6
-    tokens = (tokens - mean) / std
-    labels = torch.stack([volume["label"] for volume in volumes])
-    layer = nn.Conv3d(tokens.shape[1], CLASSES, 1)
-    loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-    for _ in range(STEPS):
-        rows = torch.randperm(first_test)[:BATCH]
-        logits = F.interpolate(layer(tokens[rows]), WHOLE, mode="trilinear")
-        optimizer.zero_grad()
-        loss_of(logits, labels[rows]).backward()
-        optimizer.step()
-        schedule.step()
+    labels = torch.cat([volume["label"] for volume in volumes])
+    (layer,) = train_voxel_layers([(maps[:first_test], labels[:first_test])], CLASSES, [RATE], STEPS, BATCH, seed)
     metric = DiceMetric(include_background=False, reduction="mean_batch")
     with torch.inference_mode():
-        for row in range(first_test, len(tokens)):
-            found = F.interpolate(layer(tokens[row : row + 1]), WHOLE, mode="trilinear").argmax(1, keepdim=True)
-            metric(one_hot(found, CLASSES), one_hot(labels[row : row + 1], CLASSES))
+        for row in range(first_test, len(maps)):
+            found = layer(maps[row : row + 1], WHOLE).argmax(1, keepdim=True)
+            metric(one_hot(found, CLASSES), one_hot(labels[None, row : row + 1], CLASSES))
     anterior, posterior = metric.aggregate().tolist()
     return anterior, posterior
 
@@ -134,15 +105,12 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(arguments.seeds):
         torch.manual_seed(seed)
-        contenders = {
-            "raw pixels": of_pixels, "random init": of_encoder(spad_vit_tiny(1, VIEW, PATCH, **ENCODER)),
-            **{
-                name: of_encoder(pretrained(name, images_of(arguments.data)[:first_test], arguments.seconds, seed))
-                for name in arguments.methods
-            },
-        }  # fmt: skip
-        for name, network in contenders.items():
-            scores = dice(tokens_of(volumes, network), volumes, first_test, seed)
+        untrained, paths = spad_vit_tiny(1, VIEW, PATCH, **ENCODER), images_of(arguments.data)[:first_test]
+        contenders = {"raw pixels": untrained, "random init": untrained} | {
+            name: pretrained(name, paths, arguments.seconds, seed) for name in arguments.methods
+        }
+        for name, encoder in contenders.items():
+            scores = dice(maps_of(volumes, encoder, name == "raw pixels"), volumes, first_test, seed)
             found.setdefault(name, []).append(scores)
             print(f"{name:12} seed {seed}: anterior {scores[0]:.3f}, posterior {scores[1]:.3f}", flush=True)
     for name, rows in found.items():

@@ -11,7 +11,7 @@ from biovfm_monai.cli import scale
 from biovfm_monai.cli.bundles import bundle, classify, label_init, plan, segment
 from biovfm_monai.cli.data import index, pack, verify
 from biovfm_monai.cli.encoders import convert, embed, export, info
-from biovfm_monai.cli.scores import probe, report
+from biovfm_monai.cli.scores import probe, probe_voxels, report
 from biovfm_monai.errors import report_input_errors
 
 __all__ = ["main"]
@@ -44,6 +44,7 @@ def main() -> None:
             "verify": verify,
             "embed": embed,
             "probe": probe,
+            "probe_voxels": probe_voxels,
             "segment": segment,
             "classify": classify,
             "info": info,

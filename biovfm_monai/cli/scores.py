@@ -6,7 +6,7 @@ from typing import Any
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["probe", "report"]
+__all__ = ["probe", "probe_voxels", "report"]
 
 
 def probe(
@@ -44,6 +44,31 @@ def probe(
     names, data = [probes] if isinstance(probes, str) else list(probes), open_benchmark(str(benchmark), task, modality)
     run = Probe(encoder, data, names, img_size, cache, device, batch_size, seed=seed, output_path=out)
     return probe_listing(run.run())
+
+
+def probe_voxels(
+    dataset: str,
+    encoder: str,
+    modality: str,
+    out: str = "probe_voxels.json",
+    steps: int = 600,
+    device: str = "cpu",
+    seed: int = 0,
+) -> str:
+    """Score what an encoder file says of each voxel, by a linear layer, beside the untrained network, and raw pixels.
+
+    Args:
+        dataset: folder of images and label maps: MSD, BTCV, AMOS, CHAOS as images and labels, or with a datalist.
+        encoder: encoder file.
+        modality: of the images, such as ct.
+        out: .json file to write.
+        steps: of training the linear layer.
+        device: such as cuda.
+        seed: of the untrained weights, the linear layer, and the intervals.
+    """
+    from biovfm_monai.evaluation import VoxelProbe, probe_listing  # noqa: PLC0415
+
+    return probe_listing(VoxelProbe(encoder, str(dataset), modality, steps, seed, device, output_path=out).run())
 
 
 def report(*runs: str, out: str = "report.html", mlflow: str | None = None) -> str:

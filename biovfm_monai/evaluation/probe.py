@@ -41,7 +41,7 @@ _FURTHER = ("retrieval", "attentive")
 #: scores that are printed and go into tables of runs -> how they are called; controls are told by the first one there.
 HEADLINES = {
     "auc": "AUC", "accuracy": "accuracy", "mean_average_precision": "mAP", "precision_at_1": "precision at 1",
-    "precision_at_5": "at 5", "precision_at_10": "at 10",
+    "precision_at_5": "at 5", "precision_at_10": "at 10", "dice": "Dice",
 }  # fmt: skip
 _NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 _PIXELS = 1024
