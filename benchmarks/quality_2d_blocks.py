@@ -1,11 +1,10 @@
-"""Why a method's frozen features are weak: scores after each block, and fine-tuned, on OrganAMNIST.
+"""Why a method's frozen features are weak: the linear probe after each block, on OrganAMNIST.
 
-    python benchmarks/quality_2d_blocks.py --data FOLDER --out FOLDER [--seconds 170] [--tuning 60] [--seeds 3]
+    python benchmarks/quality_2d_blocks.py --data FOLDER --out FOLDER [--seconds 170] [--seeds 3] [--methods SimMIM]
 
-DATA and OUT are those of quality_2d.py, and so are training, rates (read from docs/results) and the linear probe. The
-mean of the patch tokens after each block is probed; then the whole encoder is fine-tuned with all labels for the
-seconds of --tuning, as in classification_2d.py. Beside it stands the untrained encoder, treated likewise. A run is a
-row of OUT/blocks.csv; what stands there is not run again.
+DATA and OUT are those of quality_2d.py, and so are training, rates (read from docs/results) and the linear probe, of
+the mean of the patch tokens after each block. Beside it stands the untrained encoder. A run is a row of
+OUT/blocks.csv; what stands there is not run again.
 """
 
 from __future__ import annotations
@@ -15,24 +14,19 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import torch
-from classification_2d import batches
 from monai.utils import set_determinism
 from quality_2d import TASKS, WIDTH, embedded, images_of, packed, pretrained, scores_of, untrained
 from runs import run_all
-from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
-from training import fine_tune
 
 from biovfm_monai.evaluation.features import PooledFeatures
-from biovfm_monai.networks import Classifier, ViT
+from biovfm_monai.networks import ViT
 
-TASK, METHODS, TUNING_RATE, LAYER_DECAY = "organamnist", ("MAE", "SimMIM", "I-JEPA", "masked tokens"), 0.001, 0.75
-CONTROL = "random init"
+TASK, METHODS, CONTROL = "organamnist", ("MAE", "SimMIM", "I-JEPA", "masked tokens"), "random init"
 RATES = Path(__file__).parents[1] / "docs/results/quality_2d_rows.csv"
 
 
@@ -55,21 +49,8 @@ def fitted(images: Tensor, encoder: ViT) -> Tensor:
     return functional.interpolate(images, encoder.img_size, mode="bilinear")
 
 
-def fine_tuned(encoder: ViT, store: Path, layer_decay: float, seconds: float) -> float:
-    """AUC on the test images after all of the encoder learned from all labels."""
-    images, labels = images_of(store, "training")
-    names = np.unique(labels)
-    network = Classifier(encoder, len(names))
-    views = batches(images, torch.from_numpy(np.searchsorted(names, labels)))
-    larger = ((fitted(part, encoder), classes) for part, classes in views)
-    fine_tune(network, larger, functional.cross_entropy, TUNING_RATE, layer_decay, seconds)
-    judged, truth = images_of(store, "test")
-    logits = embedded(lambda part: network.eval()(fitted(part, encoder)), judged)
-    return float(roc_auc_score(truth, torch.from_numpy(logits).softmax(1).numpy(), multi_class="ovr"))
-
-
-def row_of(method: str, seed: int, rate: float, seconds: float, tuning: float, store: Path) -> dict[str, Any]:
-    """Train, probe after each block and fine-tune: one row of the result."""
+def row_of(method: str, seed: int, rate: float, seconds: float, store: Path) -> dict[str, Any]:
+    """Train, and probe after each block: one row of the result."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     set_determinism(seed)
@@ -78,33 +59,28 @@ def row_of(method: str, seed: int, rate: float, seconds: float, tuning: float, s
         run, _ = pretrained(method, TASK, store, rate, seed, seconds)
         encoder = cast(ViT, run.method.trained)
     blocks = {f"block {number}": auc for number, auc in enumerate(of_blocks(encoder.eval(), store), 1)}
-    set_determinism(seed)
-    tuned = fine_tuned(encoder, store, 1.0 if method == CONTROL else LAYER_DECAY, tuning)
-    return {"method": method, "seed": seed, "seconds": seconds, "tuning": tuning, **blocks, "fine-tuned": tuned}
+    return {"method": method, "seed": seed, "seconds": seconds, **blocks}
 
 
 def main() -> None:
-    """Train, probe and fine-tune all, and print a table of means and standard deviations."""
+    """Train and probe all, and print a table of means and standard deviations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=170)
-    parser.add_argument("--tuning", type=float, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments = parser.parse_args()
     store = packed(arguments.data, arguments.out, TASK)
     rates = pd.read_csv(RATES).groupby("method").rate.first()
     runs = [
-        {"method": method, "seed": seed, "seconds": arguments.seconds, "tuning": arguments.tuning}
-        | {"rate": rates[method], "store": store}
+        {"method": method, "seed": seed, "seconds": arguments.seconds} | {"rate": rates[method], "store": store}
         for seed in range(arguments.seeds)
-        for method in (*METHODS, CONTROL)
+        for method in (*arguments.methods, CONTROL)
     ]
-    rows = run_all(
-        row_of, runs, ("method", "seed", "seconds", "tuning"), arguments.out / "blocks.csv", arguments.workers
-    )
-    scores = [name for name in rows if name.startswith("block") or name == "fine-tuned"]
+    rows = run_all(row_of, runs, ("method", "seed", "seconds"), arguments.out / "blocks.csv", arguments.workers)
+    scores = [name for name in rows if name.startswith("block")]
     of = 100 * rows.groupby("method", sort=False)[scores].agg(["mean", "std"])
     print(of.round(2).to_string())
 

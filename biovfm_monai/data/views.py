@@ -108,9 +108,8 @@ class RandomResizedCrop:
             stretch = _between(math.log(self.ratio[0]), math.log(self.ratio[1]), stretching).mul(0.5).exp()
             extent = torch.minimum(extent * torch.stack([1 / stretch, stretch], dim=1), source)
         elif self.depth_scale is not None:
-            extent = torch.cat(
-                [share.sqrt() * largest[:2], _between(*self.depth_scale, thickness)[:, None] * source[2]], 1
-            )
+            shares = torch.stack([*[share.sqrt()[:, 0]] * 2, _between(*self.depth_scale, thickness)], 1)
+            extent = shares * largest
         centre = _between(-1.0, 1.0, torch.stack(places, dim=1)) * (1 - extent / source)
         flips = torch.tensor([(of.flip, of.vertical_flip, of.depth_flip) for of in kinds])[kind]
         extent = extent * torch.where(uniform(keys, 3, Use.FLIP) < flips, -1.0, 1.0)[:, :dims]
@@ -153,10 +152,15 @@ class RandomResizedCrop:
         return self.img_size if len(self.img_size) == 2 else crop_of_degree(self.img_size, anisotropy)
 
     def _largest(self, image: Tensor, anisotropy: int) -> Tensor:
-        """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels."""
-        wanted, size = self._size(anisotropy), image.shape[-len(self.img_size) :]
-        ratio = min(n / v for n, v in zip(size, wanted, strict=True))
-        return torch.tensor([ratio * v for v in wanted[::-1]])
+        """Extent along x, y(, z) of the largest box of the views' proportions inside an image, in its voxels.
+
+        Where depth has a share of its own, all slices, and the largest plane of the views' proportions.
+        """
+        wanted, size = torch.tensor(self._size(anisotropy)[::-1], dtype=torch.float32), self._source(image)
+        ratios = size / wanted
+        if self.depth_scale is None:
+            return ratios.min() * wanted
+        return torch.cat([ratios[:2].min() * wanted[:2], size[2:]])
 
     def apply(self, image: Tensor, drawn: Drawn, anisotropy: int = 0) -> Tensor:
         """Resample B x C x D x H x W (D of 1 for 2D views) as `draw` said, change it, and normalise to float32.

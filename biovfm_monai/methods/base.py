@@ -13,7 +13,7 @@ from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import PatchEmbed, SoftTokenizer, ViT
 
-__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keys_of_batch", "small_views"]
+__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keep_finite", "keys_of_batch", "small_views"]
 
 _VIEWS = {"image": "RandomResizedCrop", "global_crops": "MultiCrop", "local_crops": "MultiCrop"}
 
@@ -40,6 +40,12 @@ class SSLMethod(nn.Module, ABC):
 
     def after_step(self, progress: float) -> None:
         """Update what follows the optimizer (a teacher, a temperature); progress runs from 0 to 1. Nothing here."""
+
+
+@torch.no_grad()
+def keep_finite(state: Tensor, new: Tensor) -> None:
+    """Put new numbers into a state, unless one is NaN or infinite: of a batch that is left out nothing may stay."""
+    state.copy_(torch.where(new.isfinite().all(), new, state))
 
 
 def degree_of_batch(batch: Mapping[str, Any]) -> int | None:

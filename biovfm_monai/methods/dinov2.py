@@ -14,7 +14,14 @@ from biovfm_monai import distributed
 from biovfm_monai.draws import Use, forked, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch, small_views
+from biovfm_monai.methods.base import (
+    SSLMethod,
+    degree_of_batch,
+    images_of_batch,
+    keep_finite,
+    keys_of_batch,
+    small_views,
+)
 from biovfm_monai.methods.prototype_head import PrototypeHead
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import Patches, ViT, encode_together
@@ -77,10 +84,9 @@ class DINOv2(SSLMethod):
         super().__init__()
         if encoder.cls_token is None:
             raise InputError("DINOv2 compares class tokens, and the encoder has none. Build it with class_token=True.")
-        if prototypes < 2:
-            raise InputError(
-                f"prototypes {prototypes} must be 2 or more, or there is nothing to tell apart. Give more."
-            )
+        require_within(2, whole=True, prototypes=prototypes)
+        require_within(1, whole=True, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
+        require_within(0, dino_weight=dino_weight, ibot_weight=ibot_weight, koleo_weight=koleo_weight)
         if centering not in ("sinkhorn", "mean"):
             raise InputError(f"centering {centering!r} must be 'sinkhorn' or 'mean'. Give one of them.")
         require_within(0, whole=True, queue=queue)
@@ -210,7 +216,7 @@ class DINOv2(SSLMethod):
         scores = head.likeness(torch.cat([embedding, earlier]))
         shares = sinkhorn(scores, self._temperature())[: len(embedding)]
         if self.training:
-            self.queue.copy_(torch.cat([distributed.gather(embedding), self.queue])[: len(self.queue)])
+            keep_finite(self.queue, torch.cat([distributed.gather(embedding), self.queue])[: len(self.queue)])
         return shares, prototype_usage(scores[: len(embedding)])
 
     def _centred(self, scores: Tensor, kind: int) -> Tensor:
@@ -222,7 +228,8 @@ class DINOv2(SSLMethod):
             rows = distributed.total(torch.tensor(float(len(scores)), device=scores.device))
             # Where a step hides no patch, the sum of none is no mean to go to.
             pace = (1 - _CENTER_MOMENTUM) * rows.clamp(max=1)
-            self.centers[kind].lerp_(distributed.total(scores.sum(0)) / rows.clamp(min=1), pace)
+            center = self.centers[kind]
+            keep_finite(center, center.lerp(distributed.total(scores.sum(0)) / rows.clamp(min=1), pace))
         return shares
 
     def _temperature(self) -> Tensor:

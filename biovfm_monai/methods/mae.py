@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
@@ -44,6 +44,7 @@ class MAE(SSLMethod):
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__()
+        require_within(1, whole=True, decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads)
         if decoder_embed_dim % decoder_num_heads:
             raise InputError(
                 f"decoder_num_heads {decoder_num_heads} must divide decoder_embed_dim {decoder_embed_dim}. Correct one."

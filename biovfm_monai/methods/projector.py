@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biovfm_monai import distributed
+from biovfm_monai.errors import InputError, require_within
 
 __all__ = ["BatchNorm", "projector"]
 
@@ -29,9 +30,17 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map N x width to the same."""
+        """Map N x width to the same.
+
+        Raises:
+            InputError: when there is one row, of which nothing would be left.
+        """
         rows = x.float()
         count = rows.shape[0] * distributed.world_size()
+        if count < 2:
+            raise InputError(
+                "batch norm compares images, and a step has 1. Raise --batch_size, or lower --accumulation_steps."
+            )
         mean = distributed.total(rows.sum(0)) / count
         variance = distributed.total((rows - mean).square().sum(0)) / count
         rows = (rows - mean) * (variance + 1e-5).rsqrt()
@@ -46,7 +55,11 @@ def projector(widths: Sequence[int], last_norm: bool = False) -> nn.Sequential:
     Args:
         widths: of the input, of each hidden layer, and of the output.
         last_norm: whether the output is normalised, too, without learned factors.
+
+    Raises:
+        InputError: when a width is none.
     """
+    require_within(1, whole=True, widths=widths)
     layers: list[nn.Module] = []
     for number, (width, following) in enumerate(pairwise(widths)):
         last = number == len(widths) - 2

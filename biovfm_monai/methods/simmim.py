@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biovfm_monai.errors import InputError
+from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
 from biovfm_monai.networks import Patches, ViT, take_tokens
 from biovfm_monai.networks.blocks import init_weights
@@ -36,6 +36,7 @@ class SimMIM(SSLMethod):
 
     def __init__(self, encoder: ViT, mask_ratio: float = 0.6, mask_size: int = 32) -> None:
         super().__init__()
+        require_within(1, whole=True, mask_size=mask_size)
         _, height, width = encoder.patch_embed.patch_size
         if mask_size % height or mask_size % width:
             raise InputError(f"mask_size {mask_size} must be a multiple of the patch {(height, width)}. Correct it.")

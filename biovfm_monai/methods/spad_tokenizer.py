@@ -16,7 +16,7 @@ from biovfm_monai.errors import require_within
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keep_finite, keys_of_batch
 from biovfm_monai.networks import PatchDiscriminator, SoftTokenizer, take_tokens
 
 __all__ = ["SPADTokenizer"]
@@ -36,7 +36,8 @@ class SPADTokenizer(SSLMethod):
         discriminator: None leaves the adversarial term out.
         perceptual: maps images, B x C x H x W, to a list of feature maps, whose squared distance counts, such as
             `EncoderFeatures` and `LPIPSFeatures`; frozen here. None leaves the term out.
-        perceptual_weight, usage_weight, entropy_weight, adversarial_weight: of the terms beside the L1 distance.
+        perceptual_weight, usage_weight, entropy_weight, adversarial_weight: of the terms beside the L1 distance. PUMIT
+            weighs the perceptual one by 1, and doubles it.
         gate: the adversarial term counts while the discriminator's loss, now and on average, is not above this.
         gate_momentum: of that average.
 
@@ -53,7 +54,7 @@ class SPADTokenizer(SSLMethod):
         encoder: SoftTokenizer,
         discriminator: PatchDiscriminator | None,
         perceptual: nn.Module | None = None,
-        perceptual_weight: float = 1.0,
+        perceptual_weight: float = 2.0,
         usage_weight: float = 0.03,
         entropy_weight: float = 1.0,
         adversarial_weight: float = 3e-3,
@@ -62,6 +63,10 @@ class SPADTokenizer(SSLMethod):
     ) -> None:
         super().__init__()
         require_within(0, 1, gate_momentum=gate_momentum)
+        require_within(
+            0, gate=gate, perceptual_weight=perceptual_weight, usage_weight=usage_weight, entropy_weight=entropy_weight,
+            adversarial_weight=adversarial_weight,
+        )  # fmt: skip
         self.encoder, self.discriminator = encoder, discriminator
         self.perceptual = None if perceptual is None else perceptual.requires_grad_(False).eval()
         self.weights = {
@@ -135,7 +140,7 @@ class SPADTokenizer(SSLMethod):
         # A wait for the device, but a discriminator has more to compute than the tokenizer.
         loss = distributed.mean(loss)
         if self.training:
-            self.discriminator_loss.lerp_(loss, 1 - self.gate_momentum)
+            keep_finite(self.discriminator_loss, self.discriminator_loss.lerp(loss, 1 - self.gate_momentum))
         return bool(torch.maximum(self.discriminator_loss, loss) <= self.gate)
 
 

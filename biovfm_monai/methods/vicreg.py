@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.errors import require_within
 from biovfm_monai.losses.precision import without_autocast
 from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
 from biovfm_monai.methods.projector import projector
@@ -42,6 +43,9 @@ class VICReg(SSLMethod):
         covariance_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        require_within(
+            0, invariance_weight=invariance_weight, variance_weight=variance_weight, covariance_weight=covariance_weight
+        )
         self.weights = (invariance_weight, variance_weight, covariance_weight)
         self.encoder = encoder
         self.projector = projector([encoder.embed_dim, *projector_dims])

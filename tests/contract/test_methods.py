@@ -12,6 +12,8 @@ from programs import run_python, run_together
 from biovfm_monai.errors import InputError
 from biovfm_monai.methods.projector import BatchNorm
 
+#: of one image nothing is left to compare.
+COMPARES_IMAGES = ("DINOv2", "MoCoV3", "BarlowTwins", "VICReg")
 SCRIPT = str(Path(__file__).with_name("gradients.py"))
 
 
@@ -52,9 +54,9 @@ def test_the_loss_falls_on_one_batch(make, size):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
+def test_small_batches_train_or_are_refused(make, size, n):
     method = make(encoder(size))
-    if n == 1 and make is METHODS["DINOv2"]:
+    if n == 1 and make in (METHODS[name] for name in COMPARES_IMAGES):
         with pytest.raises(InputError, match="a step has 1"):
             method(batch(size, n))
         return
@@ -62,6 +64,16 @@ def test_small_batches_give_a_finite_loss_and_gradient(make, size, n):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+    assert any(p.grad.any() for p in method.encoder.parameters() if p.grad is not None)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_state(make, size):
+    method, data = make(encoder(size)), batch(size)
+    for name in ("image", "global_crops", "local_crops"):
+        data[name][..., 0, 0] = torch.nan
+    method(data)
+    # Its step is left out, so `after_step` is not called.
+    assert all(value.isfinite().all() for value in method.state_dict().values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -584,6 +584,27 @@ def test_flips_happen_with_the_stated_probability(size, flip):
     assert abs(flipped.float().mean() - flip) < 0.03
 
 
+@pytest.mark.parametrize("size", [(8, 8), (8, 8, 8)])
+def test_each_flip_turns_its_own_axis(size):
+    flips = {"flip": 0.2, "vertical_flip": 0.5, "depth_flip": 0.8}
+    maps = RandomResizedCrop(size, policy=Policy(**flips)).draw(source(size, 4000)).maps
+    along = (maps[:, :, :-1].diagonal(dim1=1, dim2=2) < 0).float().mean(0)
+    torch.testing.assert_close(along, torch.tensor([*flips.values()])[: len(size)], rtol=0, atol=0.03)
+
+
+def test_views_are_turned_either_way_by_up_to_the_stated_angle():
+    views = RandomResizedCrop((8, 8), ratio=(1, 1), policy=Policy(flip=0, rotation=30.0))
+    maps = views.draw(source((8, 8), 4000)).maps
+    degrees = torch.atan2(maps[:, 1, 0], maps[:, 0, 0]).rad2deg()
+    # Uniform: quarters of all views are below -15, 0 and 15 degrees.
+    torch.testing.assert_close(
+        degrees.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])),
+        torch.tensor([-30.0, -15, 0, 15, 30]),
+        rtol=0,
+        atol=1.5,
+    )
+
+
 def test_drawn_maps_follow_their_keys_and_differ_within_a_batch():
     image = source((8, 8), 3)
     first, again = (RandomResizedCrop((8, 8)).draw(image, keys=torch.arange(len(image))).maps for _ in range(2))

@@ -279,8 +279,11 @@ def test_targets_are_boxes_outside_of_the_context(grid):
 
 def test_moco_v3_equals_the_formula():
     method, views = moco(encoder(global_pool="token")), crops()
+    with torch.no_grad():  # else the teacher would still be the student
+        for p in (*method.teacher.parameters(), *method.teacher_projector.parameters()):
+            p.add_(0.1 * torch.randn_like(p))
     queries = [method.predictor(method.projector(method.encoder(view)[:, 0])) for view in views]
-    keys = [method.projector(method.encoder(view)[:, 0]) for view in views]
+    keys = [method.teacher_projector.network(method.teacher.network(view)[:, 0]) for view in views]
     expected = sum(slow_info_nce(queries[n].detach(), keys[1 - n].detach(), 0.2) for n in (0, 1))
     assert method({"global_crops": views})["loss"].item() == pytest.approx(expected, rel=1e-4)
 

@@ -258,6 +258,10 @@ def test_the_adversarial_term_counts_while_the_discriminator_wins_now_and_on_ave
     assert method({"image": torch.zeros(2, 1, 16, 16)})["adversarial"] == 0
     assert method.discriminator_loss > 1
     assert method(bright)["adversarial"] == 0
+    # Right on average, and not now: one loss of 2 leaves a small average below the gate.
+    method.gate, method.discriminator_loss = 0.5, torch.tensor(0.0)
+    assert method({"image": torch.full((2, 1, 16, 16), 4.999)})["adversarial"] == 0
+    assert 0 < method.discriminator_loss < 0.5
 
 
 def test_the_gate_is_state_that_evaluation_does_not_move():

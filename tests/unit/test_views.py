@@ -282,6 +282,13 @@ def test_depth_has_a_share_of_its_own():
     assert 0.74 < maps[:, 2, 2].max() <= 0.75 + 1e-6
 
 
+@pytest.mark.parametrize("size", [(4, 16, 16), (16, 16, 16), (64, 16, 16)])
+def test_the_plane_of_a_view_with_a_depth_of_its_own_does_not_depend_on_how_deep_the_image_is(size):
+    view, image = RandomResizedCrop((8, 8, 8), (1, 1), depth_scale=(1, 1)), torch.zeros(1, 1, *size)
+    for drawn in (view.draw(image), view.still(image)):
+        torch.testing.assert_close(drawn.maps[:, :, :3].abs(), torch.eye(3)[None])
+
+
 @pytest.mark.parametrize(
     ("make", "rule"),
     [
