@@ -7,6 +7,8 @@ slice spacing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from biovfm_monai.errors import InputError
 
-__all__ = ["anisotropy_of", "check_spacing", "draw_anisotropy", "spacing_of"]
+__all__ = ["anisotropy_of", "check_spacing", "degree_of_batch", "draw_anisotropy", "spacing_of"]
 
 
 def anisotropy_of(spacing: list[float]) -> int:
@@ -38,6 +40,19 @@ def anisotropy_of(spacing: list[float]) -> int:
     for number in range(1, 6):
         degree += int(ratio >= 2.0**number)
     return degree
+
+
+def degree_of_batch(batch: Mapping[str, Any]) -> int | None:
+    """The degree of anisotropy that the images of a batch share; None where none is given.
+
+    Raises:
+        InputError: when they have several.
+    """
+    given = batch.get("anisotropy")
+    degrees = [] if given is None else torch.as_tensor(given).unique().tolist()
+    if len(degrees) > 1:
+        raise InputError(f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch.")
+    return int(degrees[0]) if degrees else None
 
 
 def draw_anisotropy(spacing: list[float], generator: torch.Generator | None = None) -> int:

@@ -9,6 +9,7 @@ from biovfm_monai.data.find import find_images
 from biovfm_monai.data.index import index
 from biovfm_monai.data.label_maps import PreparedImaged, ReadLabeld, RestoreGridd
 from biovfm_monai.data.mixture import Labels, Mixture, subset
+from biovfm_monai.data.multi_crop import MultiCrop
 from biovfm_monai.data.pack import pack
 from biovfm_monai.data.policies import NATURAL, POLICIES, Policy, geometric, with_chances
 from biovfm_monai.data.preprocessing import (
@@ -24,7 +25,7 @@ from biovfm_monai.data.sampling import GlobalBatchSampler
 from biovfm_monai.data.segmentation import load_segmentation
 from biovfm_monai.data.store import Store
 from biovfm_monai.data.verify import verify
-from biovfm_monai.data.views import MultiCrop, RandomResizedCrop
+from biovfm_monai.data.views import RandomResizedCrop
 
 __all__ = [
     "NATURAL", "POLICIES", "TISSUES", "ByModalityd", "ClassLabeld", "FitSized", "GlobalBatchSampler", "Labels",

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from biovfm_monai import distributed
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.losses.precision import without_autocast
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import pool

@@ -13,7 +13,7 @@ from biovfm_monai.draws import random_keys
 from biovfm_monai.errors import InputError
 from biovfm_monai.networks import PatchEmbed, SoftTokenizer, ViT
 
-__all__ = ["SSLMethod", "degree_of_batch", "images_of_batch", "keep_finite", "keys_of_batch", "small_views"]
+__all__ = ["SSLMethod", "images_of_batch", "keep_finite", "keys_of_batch", "small_views"]
 
 _VIEWS = {"image": "RandomResizedCrop", "global_crops": "MultiCrop", "local_crops": "MultiCrop"}
 
@@ -46,19 +46,6 @@ class SSLMethod(nn.Module, ABC):
 def keep_finite(state: Tensor, new: Tensor) -> None:
     """Put new numbers into a state, unless one is NaN or infinite: of a batch that is left out nothing may stay."""
     state.copy_(torch.where(new.isfinite().all(), new, state))
-
-
-def degree_of_batch(batch: Mapping[str, Any]) -> int | None:
-    """The degree of anisotropy that the images of a batch share; None where none is given.
-
-    Raises:
-        InputError: when they have several.
-    """
-    given = batch.get("anisotropy")
-    degrees = [] if given is None else torch.as_tensor(given).unique().tolist()
-    if len(degrees) > 1:
-        raise InputError(f"the images of a batch have degrees of anisotropy {degrees}. Put one degree into a batch.")
-    return int(degrees[0]) if degrees else None
 
 
 def images_of_batch(batch: Mapping[str, Any], name: str, views: int | None = None) -> Tensor:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.draws import Use, forked, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
 from biovfm_monai.losses.dino import koleo, prototype_usage, row_entropy, sinkhorn, soft_cross_entropy
 from biovfm_monai.methods.base import (
     SSLMethod,
-    degree_of_batch,
     images_of_batch,
     keep_finite,
     keys_of_batch,
@@ -198,7 +198,11 @@ class DINOv2(SSLMethod):
         """How the teacher shares out class tokens over prototypes, N x K with rows of sum 1, and how many it uses."""
         head = self.teacher.network["head"]
         embedding = head.embed(tokens)
-        if not len(self.queue):
+        # All processes hold one queue, and each brings in its part of it: whole batches, since the order of rows within
+        # one depends on how many processes there are.
+        step = len(embedding) * distributed.world_size()
+        earlier = self.queue[: len(self.queue) // step * step][distributed.rank() :: distributed.world_size()]
+        if not len(earlier):
             if self.centering == "sinkhorn" and images * distributed.world_size() < _LEAST_IMAGES:
                 raise InputError(
                     f"Sinkhorn gives each prototype as many images, and a step has {images}. Raise --batch_size, give "
@@ -208,11 +212,6 @@ class DINOv2(SSLMethod):
             shares = self._centred(scores, 0)
             # Sinkhorn evens out how often prototypes are used, even for images that are all alike.
             return shares, prototype_usage(scores if self.centering == "sinkhorn" else shares)
-        # All processes hold one queue, and each brings in its part of it: whole batches, since the order of rows within
-        # one depends on how many processes there are.
-        batches = len(self.queue) // (len(embedding) * distributed.world_size())
-        rows = self.queue[: batches * len(embedding) * distributed.world_size()]
-        earlier = rows[distributed.rank() :: distributed.world_size()]
         scores = head.likeness(torch.cat([embedding, earlier]))
         shares = sinkhorn(scores, self._temperature())[: len(embedding)]
         if self.training:

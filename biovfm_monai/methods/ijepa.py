@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.draws import Use, uniform
 from biovfm_monai.errors import InputError, require_pair, require_within
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
 from biovfm_monai.networks import Block, Patches, ViT, sincos_positions, take_tokens
 from biovfm_monai.networks.blocks import init_weights

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.losses import sigreg
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, small_views
+from biovfm_monai.methods.base import SSLMethod, images_of_batch, small_views
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import pool

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch, keys_of_batch
 from biovfm_monai.networks import Block, Patches, ViT, random_mask, sincos_positions, take_tokens, unpatchify
 from biovfm_monai.networks.blocks import init_weights
 from biovfm_monai.networks.patch_embed import predict_patches

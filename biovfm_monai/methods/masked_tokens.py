@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.errors import InputError
 from biovfm_monai.losses.quantiser import code_usage
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch, keys_of_batch
 from biovfm_monai.methods.teacher import Teacher
 from biovfm_monai.networks import Patches, SoftTokenizer, ViT, random_mask, take_tokens
 from biovfm_monai.networks.blocks import init_weights

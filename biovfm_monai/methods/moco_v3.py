@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.errors import require_within
 from biovfm_monai.losses import info_nce
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch
 from biovfm_monai.methods.projector import projector
 from biovfm_monai.methods.teacher import Teacher, rising
 from biovfm_monai.networks import ViT

@@ -11,12 +11,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from biovfm_monai import distributed
+from biovfm_monai.anisotropy import degree_of_batch
 from biovfm_monai.draws import Use, uniform
 from biovfm_monai.errors import require_within
 from biovfm_monai.losses.adversarial import hinge_loss
 from biovfm_monai.losses.perceptual import perceptual_loss
 from biovfm_monai.losses.quantiser import code_entropy, code_usage
-from biovfm_monai.methods.base import SSLMethod, degree_of_batch, images_of_batch, keep_finite, keys_of_batch
+from biovfm_monai.methods.base import SSLMethod, images_of_batch, keep_finite, keys_of_batch
 from biovfm_monai.networks import PatchDiscriminator, SoftTokenizer, take_tokens
 
 __all__ = ["SPADTokenizer"]

@@ -39,8 +39,6 @@ class Teacher(nn.Module):
         """Keep `momentum` of the weights, and take the rest from the student."""
         own, others = ([local(p.detach()) for p in network.parameters()] for network in (self.network, student))
         torch._foreach_lerp_(own, others, 1 - momentum)
-        for buffer, other in zip(self.network.buffers(), student.buffers(), strict=True):
-            buffer.copy_(other)
 
 
 def rising(start: float, end: float, progress: float) -> float:

@@ -122,7 +122,10 @@ def test_three_lines_of_python_are_all_it_takes(make):
 
 
 def test_a_batch_without_images_is_refused_by_the_name_of_what_is_missing(make):
-    with pytest.raises(InputError, match=r'the batch has no "(image|global_crops)"\. Let biovfm_monai\.data\.'):
+    whose = (
+        '(image"[.] Let biovfm_monai[.]data[.]RandomResizedCrop|global_crops"[.] Let biovfm_monai[.]data[.]MultiCrop)'
+    )
+    with pytest.raises(InputError, match=f'the batch has no "{whose} make'):
         make(encoder((32, 32)))({"key": torch.arange(2)})
 
 
@@ -138,8 +141,11 @@ def test_thick_slices_and_2d_images_train_an_encoder_of_volumes(make, degree):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-def test_a_trained_encoder_can_be_had(make, size):
+def test_the_encoder_to_keep_is_the_teachers_where_it_is_the_better_one(make, size):
     method = make(encoder(size))
+    places = {METHODS[name]: "teacher.network.encoder" for name in METHODS if name.startswith("DINOv2")}
+    places[METHODS["IJEPA"]] = "teacher.network"
+    assert method.trained is method.get_submodule(places.get(make, "encoder"))
     assert method.trained(torch.randn(2, 1, *size)).shape[0] == 2
     assert method.trained.arguments == method.encoder.arguments
 

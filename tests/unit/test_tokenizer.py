@@ -205,7 +205,7 @@ def gradients(value, module):
 def test_the_loss_is_the_terms_in_the_published_proportions():
     method = SPADTokenizer(small(), judge(), EncoderFeatures(encoder()), gate=math.inf)
     out = method(volumes())
-    weights = {"l1": 1, "perceptual": 1, "usage": 0.03, "entropy": 1, "adversarial": 3e-3, "discriminator": 1}
+    weights = {"l1": 1, "perceptual": 2, "usage": 0.03, "entropy": 1, "adversarial": 3e-3, "discriminator": 1}
     assert out.keys() == {"loss", *weights}
     torch.testing.assert_close(out["loss"], sum(weight * out[name] for name, weight in weights.items()))
 

@@ -274,6 +274,13 @@ def test_views_of_thick_slices_have_fewer_slices_and_small_ones_too():
     assert batch["local_crops"].shape == (2, 2, 1, 2, 8, 8)
 
 
+def test_a_batch_without_a_degree_of_anisotropy_is_of_degree_0_and_one_of_several_is_refused():
+    view, image = RandomResizedCrop((8, 8, 8)), torch.rand(2, 1, 8, 16, 16)
+    assert view({"image": image, "anisotropy": None}, CPU)["image"].shape == (2, 1, 8, 8, 8)
+    with pytest.raises(InputError, match=r"degrees of anisotropy \[0, 1\]\. Put one degree into a batch"):
+        view({"image": image, "anisotropy": torch.tensor([0, 1])}, CPU)
+
+
 def test_depth_has_a_share_of_its_own():
     view = RandomResizedCrop((8, 8, 8), scale=(0.25, 0.25), depth_scale=(0.5, 0.75))
     maps = view.draw(torch.zeros(300, 1, 8, 8, 8)).maps.abs()
@@ -297,6 +304,7 @@ def test_the_plane_of_a_view_with_a_depth_of_its_own_does_not_depend_on_how_deep
         (lambda: RandomResizedCrop((8, 8), scale=(1.0, 0.3)), "scale (1.0, 0.3) must be two numbers, the lower one"),
         (lambda: RandomResizedCrop((8, 8), scale=(0.3, 2.0)), "scale (0.3, 2.0) must be above 0, and at most 1"),
         (lambda: RandomResizedCrop((8, 8), ratio=(-1, 1)), "ratio (-1, 1) must be above 0"),
+        (lambda: RandomResizedCrop((8, 8), std=0), "std 0 must be above 0"),
         (lambda: RandomResizedCrop((8, 8, 8), depth_scale=(0.5, 1.5)), "depth_scale (0.5, 1.5) must be above 0"),
         (lambda: MultiCrop([RandomResizedCrop((8, 8))], RandomResizedCrop((4, 4)), -1), "num_local -1 must be 0 or"),
         (lambda: Policy(flip=1.5), "flip 1.5 must be 0 or more, and at most 1"),
