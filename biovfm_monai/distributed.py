@@ -6,12 +6,13 @@ meta device, on which costs are counted, are sent to nobody.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,13 +22,14 @@ import torch
 import torch.distributed as dist
 from monai.data import utils as monai_data
 from torch import Tensor
+from torch.nn import functional as F
 
 from biovfm_monai.errors import InputError
 
 __all__ = [
     "RESTART", "asked_to_stop", "barrier", "device", "finalize", "gather", "group_beside", "heeding_signals",
-    "initialize", "is_main", "leave_unfinished", "local_world_size", "mean", "most", "rank", "total", "worker_init_fn",
-    "world_size",
+    "initialize", "is_main", "leave_unfinished", "local_world_size", "mean", "most", "rank", "require_same", "total",
+    "worker_init_fn", "world_size",
 ]  # fmt: skip
 
 RESTART = 75
@@ -221,6 +223,38 @@ def gather(x: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on each of them; gradients flow back to all."""
     return x if world_size() == 1 or x.is_meta else _Total.apply(x)
+
+
+def require_same(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+    """Refuse processes that were started with different settings; all processes call it.
+
+    Args:
+        settings: JSON values by name.
+        device: where the processes talk.
+
+    Raises:
+        InputError: on all of them, naming the settings and the processes.
+    """
+    if world_size() == 1:
+        return
+    # Texts, since NaN is not the same as NaN.
+    texts = json.dumps({name: json.dumps(value) for name, value in settings.items()})
+    text = torch.tensor([list(texts.encode())], dtype=torch.uint8, device=device)
+    longest = int(most(torch.tensor(text.shape[1], device=device)))
+    # JSON ends where it ends: the rest may be blank.
+    rows = gather(F.pad(text, (0, longest - text.shape[1]), value=ord(" "))).tolist()
+    first, *others = (json.loads(bytes(row)) for row in rows)
+    differ = {
+        number: names
+        for number, found in enumerate(others, 1)
+        if (names := sorted(name for name in {*first, *found} if found.get(name) != first.get(name)))
+    }
+    if differ:
+        names = sorted({name for of in differ.values() for name in of})
+        raise InputError(
+            f"processes {', '.join(map(str, differ))} have another {', '.join(names)} than process 0. Start all with "
+            "the same configuration."
+        )
 
 
 class _Gather(torch.autograd.Function):

@@ -85,7 +85,9 @@ def parallel(
             block.compile()
     if distributed.world_size() == 1:
         return module
-    _require_same_everywhere(module, target)
+    shapes = str([(name, x.shape) for name, x in module.state_dict().items()])
+    same = {"network": hashlib.sha256(shapes.encode()).hexdigest(), "sharding": sharding, "static_graph": static_graph}
+    distributed.require_same(same, target)
     if sharding != "none":
         return _sharded(module, blocks, target, sharding, precision, reshard)
     ids = [target] if target.type == "cuda" else None
@@ -115,17 +117,6 @@ def whole(tree: Any) -> Any:
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} {value!r} is unknown. Give one of {', '.join(choices)}.")
-
-
-def _require_same_everywhere(module: nn.Module, device: torch.device) -> None:
-    text = str([(name, x.shape) for name, x in module.state_dict().items()])
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-    everywhere = distributed.gather(torch.tensor([digest], device=device)).tolist()
-    if others := [number for number, found in enumerate(everywhere) if found != everywhere[0]]:
-        raise InputError(
-            f"processes {', '.join(map(str, others))} have another network than process 0. Start all with the same "
-            "configuration."
-        )
 
 
 def _recompute(block: nn.Module, selective: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -75,6 +76,8 @@ class BadStepHandler:
         reason = self._reason(engine, loss, norm)
         # Gradients are the same on all processes, their rounding need not be.
         if not distributed.most(torch.tensor(float(bool(reason)), device=state.device)):
+            if not math.isfinite(norm):
+                return
             kept = _MEMORY if state.usual_norm else 0.0
             state.bad_in_a_row, state.usual_norm = 0, kept * state.usual_norm + (1 - kept) * norm
             return
@@ -93,10 +96,10 @@ class BadStepHandler:
 
     def _reason(self, engine: PretrainingTrainer, loss: float, norm: float) -> str:
         """Why a step is bad; empty for a good one."""
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             return f"a loss of {loss}"
         # With a loss scaler a norm that overflows is its own affair: it lowers the scale.
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm):
             return "" if engine.loss_scaler.is_enabled() else f"a norm of gradients of {norm}"
         if self.spike is not None and 0 < self.spike * engine.state.usual_norm < norm:
             return f"a norm of gradients of {norm:.3g}, {norm / engine.state.usual_norm:.0f} times the usual one"

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import biovfm_monai
 from biovfm_monai import distributed
 from biovfm_monai.checkpoints import state as states
-from biovfm_monai.engines.settings import differences, settings_of
+from biovfm_monai.engines.settings import MAY_CHANGE, differences
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.files import rename_over, require_writable, set_aside
@@ -153,6 +153,7 @@ class StateHandler:
         require_writable(self.folder)
         states.discard_drafts(self.folder)
         found = states.states_in(self.folder)
+        damaged = []
         for path in found:
             if rewinding and _is_stopped(path):
                 shutil.rmtree(path)
@@ -160,10 +161,13 @@ class StateHandler:
                 set_aside(path)
             elif reason := states.damage(path):
                 logger.warning("%s is damaged (%s): trying the state before it", path, reason)
-                rename_over(path, path.with_name(f"{path.name}.damaged"))
+                damaged.append(path)
             else:
+                for other in damaged:
+                    rename_over(other, other.with_name(f"{other.name}.damaged"))
                 return path
-        if resume and found:
+        if damaged:
+            # They stay where they are, so that the next attempt, which an agent may make, does not start anew.
             raise InputError(
                 f"{self.folder}: no state in it can be read. Restore one, or start anew with --resume False."
             )
@@ -177,8 +181,9 @@ class StateHandler:
     def _apply(self, engine: PretrainingTrainer, path: Path) -> None:
         try:
             state = states.about_state(path)
-            if others := differences(state["settings"], settings_of(engine)):
-                raise ValueError("; ".join(others))
+            others = differences(state["settings"], engine.settings)
+            if refused := [text for name, text in others.items() if not name.startswith(MAY_CHANGE)]:
+                raise ValueError("; ".join(refused))
             tensors = states.read_state(path, like=_like(engine), group=self._group)
             method = {name.removeprefix("method."): x for name, x in tensors.items() if name.startswith("method.")}
             engine.method.load_state_dict(method)
@@ -193,10 +198,12 @@ class StateHandler:
                 raise
             reason = " ".join(str(error).split())
             raise InputError(
-                f"{path}: is the state of another configuration: {reason[:300]}. Resume with the configuration it was "
+                f"{path}: is the state of another configuration: {reason[:600]}. Resume with the configuration it was "
                 "made with, or start anew with --resume False."
             ) from error
         logger.info("resumed from %s: epoch %d, iteration %d", path, engine.state.epoch, engine.state.iteration)
+        if others:
+            logger.warning("%s was made with other settings, it had %s", path, "; ".join(others.values()))
 
 
 def _is_stopped(path: Path) -> bool:
@@ -205,7 +212,7 @@ def _is_stopped(path: Path) -> bool:
 
 def _state_of(engine: PretrainingTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a run, by name, and all else, as JSON values."""
-    settings, optimizer = settings_of(engine), engine.optimizer.state_dict()
+    settings, optimizer = engine.settings, engine.optimizer.state_dict()
     tensors = {f"method.{name}": x for name, x in engine.method.state_dict().items()}
     others: dict[str, dict[str, Any]] = {}
     for number, values in optimizer["state"].items():

@@ -2,66 +2,81 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from biovfm_monai import distributed
-from biovfm_monai.data import GlobalBatchSampler
-from biovfm_monai.errors import InputError
+from biovfm_monai.data import GlobalBatchSampler, Policy, RandomCropDataset, RandomResizedCrop
 
 if TYPE_CHECKING:
     from biovfm_monai.engines.trainer import PretrainingTrainer
 
-__all__ = ["differences", "require_same_everywhere", "settings_of"]
+__all__ = ["MAY_CHANGE", "differences", "settings_of"]
+
+_VIEWS = ("RandomResizedCrop", "MultiCrop")
+
+
+#: what a resumed run may have otherwise, and is told: how fast it goes on, not what it learns from.
+MAY_CHANGE = ("max_epochs", "precision", "clip_norm", "optimizer lr", "schedules")
+#: what may differ without changing more than rounding.
+_NO_MATTER = {"foreach", "fused", "capturable", "differentiable"}
 
 
 def settings_of(engine: PretrainingTrainer) -> dict[str, Any]:
-    """JSON values without which a run cannot go on as it began: of the method, its network and the data's order."""
-    sampler = getattr(engine.data_loader, "batch_sampler", None)
-    network = getattr(engine.method.trained, "arguments", {})
-    return {
-        "method": type(engine.method).__name__,
-        **{f"encoder {name}": json.loads(json.dumps(value)) for name, value in network.items()},
+    """What a run was set to, as JSON values by name: the method, its network, optimizer, views and the data's order."""
+    sampler, dataset = (getattr(engine.data_loader, name, None) for name in ("batch_sampler", "dataset"))
+    network = getattr(getattr(engine.method, "trained", None), "arguments", {})
+    optimizer = {name: x for name, x in engine.optimizer.defaults.items() if name not in _NO_MATTER}
+    kind = type(engine.prepare_batch).__name__
+    described = {
+        "method": {"": type(engine.method).__name__, **_plain(engine.method)},
+        "encoder": network,
+        "optimizer": {"": type(engine.optimizer).__name__, **optimizer},
+        "views": {"": kind, **_plain(engine.prepare_batch)} if kind in _VIEWS else kind,
+        "crops": {name: getattr(dataset, name) for name in ("crop_size", "zoom") if hasattr(dataset, name)},
+        "images": len(dataset.images) if isinstance(dataset, RandomCropDataset) else None,
+        "schedules": {
+            name: str(schedule) if is_dataclass(schedule) else type(schedule).__name__
+            for name, schedule in engine.schedules.items()
+        },
+    }
+    return dict(_flat(described)) | {
         "seed": engine.seed,
         "batch_size": sampler.batch_size if isinstance(sampler, GlobalBatchSampler) else None,
         "steps_per_epoch": int(engine.state.epoch_length) // engine.accumulation_steps,
-    }
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """One text for each setting that differs; one that only one of them has does not count."""
-    return [
-        f"{name} {found[name]} instead of {value}"
-        for name, value in expected.items()
-        if name in found and found[name] != value
-    ]
-
-
-def require_same_everywhere(engine: PretrainingTrainer) -> None:
-    """Refuse processes that were started with different settings; all processes call it.
-
-    Raises:
-        InputError: naming the settings and the processes, on all of them.
-    """
-    if distributed.world_size() == 1:
-        return
-    groups = [
-        {name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups
-    ]
-    settings = settings_of(engine) | {
         "max_epochs": engine.state.max_epochs, "precision": str(engine.dtype), "clip_norm": engine.clip_norm,
-        "accumulation_steps": engine.accumulation_steps, "optimizer": str(groups), "schedules": str(engine.schedules),
     }  # fmt: skip
-    digests = [int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7]) for value in settings.values()]
-    everywhere = distributed.gather(torch.tensor([digests], device=engine.state.device))
-    differ = everywhere != everywhere[0]
-    others = [str(number) for number, differs in enumerate(differ.any(1).tolist()) if differs]
-    names = [name for name, differs in zip(settings, differ.any(0).tolist(), strict=True) if differs]
-    if names:
-        raise InputError(
-            f"processes {', '.join(others)} have another {', '.join(names)} than process 0. Start all with the same "
-            "configuration."
-        )
+
+
+def _plain(instance: Any) -> dict[str, Any]:
+    """The attributes of an instance that say how it was made, and no tensors, networks and own affairs."""
+    kinds = (bool, int, float, str, tuple, list, dict, Policy, RandomResizedCrop)
+    return {
+        name: value for name, value in vars(instance).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, kinds)
+    }  # fmt: skip
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and JSON value of each number and text in what may lie one in another."""
+    if isinstance(value, RandomResizedCrop):
+        value = _plain(value)
+    if isinstance(value, Policy):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _flat(part, f"{name} {key}".strip())
+    elif isinstance(value, list | tuple) and any(isinstance(part, RandomResizedCrop) for part in value):
+        yield from _flat(dict(enumerate(value)), name)
+    else:
+        yield name, json.loads(json.dumps(value, default=str))
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, str]:
+    """A text for each setting that differs, by its name; one that only one of them has does not count."""
+    return {
+        name: f"{name} {found[name]} instead of {value}"
+        for name, value in expected.items()
+        if name in found and json.dumps(found[name]) != json.dumps(value)
+    }

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
-from biovfm_monai.engines.settings import require_same_everywhere
+from biovfm_monai.engines.settings import settings_of
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
@@ -37,6 +37,8 @@ def fast_precision(device: torch.device | str) -> str:
     CPUs without such instructions emulate bf16, ten times slower than fp32.
     """
     if torch.device(device).type == "cuda":
+        if not torch.cuda.is_available():  # a plan for elsewhere
+            return "bf16"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
@@ -112,6 +114,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.schedules = dict(schedules or {})
         self.seed = seed
         self.stopped = False
+        self.settings: dict[str, Any] = {}
         self._unchecked: deque[tuple[int, Tensor]] = deque()
         self._graph_known = False
         self._asked: deque[Tensor] = deque()
@@ -142,7 +145,11 @@ class PretrainingTrainer(SupervisedTrainer):
         Raises:
             InputError: when processes were started with different settings.
         """
-        require_same_everywhere(self)
+        # Those of gradients talk to each other.
+        of_gradients = [handler.__qualname__ for handler, *_ in self._event_handlers[StepEvents.GRADIENTS_COMPLETED]]
+        own = {"accumulation_steps": self.accumulation_steps, "handlers of gradients": of_gradients}
+        self.settings = settings_of(self)
+        distributed.require_same(self.settings | own, self.state.device)
         self._again, self.stopped = True, False
         with distributed.heeding_signals():
             try:

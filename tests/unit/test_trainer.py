@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from biovfm_monai import distributed
 from biovfm_monai.checkpoints import state
 from biovfm_monai.checkpoints.state import about_state, read_state, states_in, step_of
-from biovfm_monai.data import GlobalBatchSampler, RandomCropDataset, RandomResizedCrop
+from biovfm_monai.data import GlobalBatchSampler, Policy, RandomCropDataset, RandomResizedCrop
 from biovfm_monai.engines import (
     BadStepHandler,
     PretrainingTrainer,
@@ -62,13 +62,14 @@ class Line(SSLMethod):
         self.progress.append(progress)
 
 
-def mae():
+def mae(**options):
     torch.manual_seed(0)
     return MAE(
         ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3),
         decoder_embed_dim=24,
         decoder_depth=1,
         decoder_num_heads=3,
+        **options,
     )
 
 
@@ -213,6 +214,19 @@ def test_a_bad_step_is_left_out_counted_and_its_images_written_down(tmp_path, fa
     (line,) = map(json.loads, (tmp_path / "bad.jsonl").open())
     assert (line["step"], line["keys"]) == (3, [8, 9, 10, 11])
     assert [entry.get("bad_steps") for entry in map(json.loads, (tmp_path / "log.jsonl").open())][2:] == [1] * 4
+
+
+def test_gradients_that_overflow_before_the_scale_is_lowered_leave_the_usual_norm_as_it_was():
+    method, weights = Line(), []
+    engine = trainer(method, train_handlers=[BadStepHandler(spike=20.0)], prepare_batch=lambda batch, *_, **__: batch)
+    engine.loss_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    factors = {2: torch.inf, 5: 1e4}
+    method.weight.register_hook(lambda gradient: gradient * factors.get(engine.state.iteration, 1))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: weights.append(method.weight.item()))
+    engine.run()
+    assert weights[0] == weights[1]
+    assert weights[3] == weights[4]
+    assert engine.state.bad_steps == 1
 
 
 def test_without_the_handler_a_bad_step_ends_the_run():
@@ -400,7 +414,7 @@ def test_a_state_of_another_network_is_refused_in_one_line(tmp_path):
     engine = trainer(Line(), train_handlers=[StateHandler(tmp_path, resume=True)])
     with pytest.raises(
         InputError,
-        match=r"step-00000003: is the state of another configuration: method MAE instead of Line; seed 7.*Resume",
+        match=r"step-00000003: is the state of another configuration: method MAE instead of Line; .*seed 7 .*Resume",
     ) as caught:
         engine.run()
     assert "\n" not in str(caught.value)
@@ -417,6 +431,11 @@ def test_the_precision_chosen_for_a_cpu_is_bf16_only_where_it_multiplies_it_itse
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: precision == "bf16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert fast_precision("cpu") == precision
+
+
+def test_the_precision_planned_for_a_gpu_that_is_not_here_is_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast_precision("cuda") == "bf16"
 
 
 def test_resuming_from_an_empty_folder_starts_anew(tmp_path):
@@ -510,9 +529,51 @@ def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_los
     run_epochs(tmp_path, 2, 2, False)
     for path in states_in(tmp_path):
         cut_short(path)
-    with pytest.raises(InputError, match="no state in it can be read"):
-        run_epochs(tmp_path, 2, 2, True)
-    assert len(list(tmp_path.glob("*.damaged"))) == 2
+    log = (tmp_path / "log.jsonl").read_text()
+    for _ in range(2):  # as torchrun's agent would
+        with pytest.raises(InputError, match="no state in it can be read"):
+            run_epochs(tmp_path, 2, 2, True)
+    assert len(states_of(tmp_path)) == 2
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"mask_ratio": 0.5}, "method mask_ratio 0.75 instead of 0.5"),
+        ({"weight_decay": 0.5}, "optimizer weight_decay 0.01 instead of 0.5"),
+        ({"betas": (0.8, 0.9)}, r"optimizer betas \[0.9, 0.999\] instead of \[0.8, 0.9\]"),
+        ({"views": {"scale": (0.5, 1.0)}}, r"views scale \[0.2, 1.0\] instead of \[0.5, 1.0\]"),
+        ({"views": {"policy": Policy(flip=0.1)}}, "views policy flip 0.5 instead of 0.1"),
+        ({"kind": torch.optim.SGD}, "optimizer AdamW instead of SGD"),
+        ({"lr": 1e-3}, None), ({"schedules": {"lr": WarmupCosine(1e-3)}}, None), ({"clip_norm": 1.0}, None),
+        ({"precision": "bf16"}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_change_what_is_learnt_are_refused_on_resuming_and_others_told(
+    tmp_path, caplog, changed, difference
+):
+    def run(epochs, resume, mask_ratio=0.75, kind=torch.optim.AdamW, views=None, schedules=None, lr=1e-2, **options):
+        method, engine = mae(mask_ratio=mask_ratio), {}
+        for name in ("clip_norm", "precision"):
+            if name in options:
+                engine[name] = options.pop(name)
+        trainer(
+            method, epochs, optimizer=kind(parameter_groups(method), lr=lr, **options), **engine,
+            schedules=schedules or {"lr": WarmupCosine(1e-2)},
+            prepare_batch=RandomResizedCrop((16, 16), **views or {}),
+            train_handlers=[StateHandler(tmp_path, resume=resume)],
+        ).run()  # fmt: skip
+
+    run(1, False)
+    if difference is None:
+        run(2, True, **changed)
+        assert "max_epochs 1 instead of 2" in caplog.text
+        assert [record.levelname for record in caplog.records if "it had" in record.message] == ["WARNING"]
+    else:
+        with pytest.raises(InputError, match=f"another configuration: .*{difference}"):
+            run(2, True, **changed)
 
 
 def test_starting_anew_sets_the_states_of_an_earlier_run_aside(tmp_path):
