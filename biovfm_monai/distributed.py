@@ -39,6 +39,7 @@ _PAUSE = 0.2
 _SIGNALS = signal.SIGTERM, signal.SIGUSR1
 _ONE_REQUEST = 5.0
 _asked, _unfinished = threading.Event(), threading.Event()
+_patience: dict[str, timedelta] = {}
 
 
 def initialize(timeout: float | None = None) -> None:
@@ -62,6 +63,7 @@ def initialize(timeout: float | None = None) -> None:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    _patience.update(options)
     try:
         if by_slurm:
             idist.initialize(backend, **options)
@@ -165,8 +167,11 @@ def device() -> torch.device:
 
 
 def group_beside() -> dist.ProcessGroup | None:
-    """A further Gloo group of all processes, for a thread beside training: all call it; None of a process alone."""
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+    """A further Gloo group of all processes, for a thread beside training: all call it; None of a process alone.
+
+    Its processes wait for each other as long as `initialize` was told.
+    """
+    return dist.new_group(timeout=_patience.get("timeout"), backend="gloo") if world_size() > 1 else None
 
 
 def rank() -> int:

@@ -30,6 +30,8 @@ _REMEDIES = {
 }
 # torch has no error of its own for a process that Gloo does not reach any more.
 _LOST_PROCESS = re.compile(r"Dist\w*Error|[Gg]loo")
+# Nor does it tell more of a worker of a DataLoader that died.
+_LOST_WORKER = re.compile(r"DataLoader worker \([^)]*\) (exited unexpectedly[^.]*|is killed by signal: [^.]*)")
 
 
 class InputError(ValueError):
@@ -95,19 +97,30 @@ def _message(error: BaseException | None) -> str | None:
             return "stopped from the keyboard. To go on from the last whole epoch, add --resume True."
         if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename:
             return f"{error.filename}: {error.strerror}. {_REMEDIES[error.errno]}"
-        if isinstance(error, RuntimeError) and _LOST_PROCESS.search(f"{type(error).__name__} {error}"):
-            reason = re.split(r"[.] |\n", str(error))[0]
-            return (
-                f"another process was waited for in vain ({reason}). If none says why it ended, a machine, network or "
-                "disk is gone or slow. Go on with --resume True; for slow ones, raise the timeout of "
-                "distributed.initialize."
-            )
+        if isinstance(error, RuntimeError) and (lost := _of_lost_process(error)):
+            return lost
         # A worker of a DataLoader hands over the text of its traceback, not the exception.
         worker = re.search(rf"^{re.escape(__name__)}\.\w+: (.*)$", str(error), re.MULTILINE)
         if worker:
             return worker.group(1)
         error = error.__cause__
     return None
+
+
+def _of_lost_process(error: RuntimeError) -> str | None:
+    if died := _LOST_WORKER.search(str(error)):
+        return (
+            f"a process that reads images died ({died.group()}). If memory was short, give more of it, or fewer "
+            "--num_workers; if it dies again at the same step, an image breaks its decoder: look for it with "
+            "--num_workers 0. Go on with --resume True."
+        )
+    if not _LOST_PROCESS.search(f"{type(error).__name__} {error}"):
+        return None
+    reason = re.split(r"[.] |\n", str(error))[0]
+    return (
+        f"another process was waited for in vain ({reason}). If none says why it ended, a machine, network or disk is "
+        "gone or slow. Go on with --resume True; for slow ones, raise the timeout of distributed.initialize."
+    )
 
 
 def is_unreadable(error: BaseException | None) -> bool:

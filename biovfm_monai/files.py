@@ -88,6 +88,15 @@ def append_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content) + "\n")
 
 
+def cut_json_lines(path: Path, step: int) -> None:
+    """Leave those lines of a log, made if need be, whose "step" is done; a killed run may have left later ones."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+    # Of the last one it may have left half.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with write_atomically(path) as draft:
+        draft.write_text("".join(kept), encoding="utf-8")
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Say of a write that fails which file it was of: Python does not, and libraries in Rust raise other errors."""

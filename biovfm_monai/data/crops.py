@@ -120,7 +120,8 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Crop of the given number: {"image": C x crop, "modality": name, "key": of its random numbers (`uniform`)}.
 
-        Of volumes there is their degree of "anisotropy", too. Images of eight bits come as float16, in [0, 1].
+        "replaced" tells whether it is of another image, since its own cannot be read. Of volumes there is their degree
+        of "anisotropy", too. Images of eight bits come as float16, in [0, 1].
         """
         return _floating(self._sample(number))
 
@@ -136,7 +137,7 @@ class RandomCropDataset(Dataset[dict[str, Any]]):
             # Also one that is known to be unreadable, since other processes know others.
             row = self._row(number, attempt)
             try:
-                return self._sample_of(row, number)
+                return self._sample_of(row, number) | {"replaced": attempt > 0}
             except Exception as error:  # noqa: BLE001 - MONAI wraps what a transform raises
                 self._set_aside(row, error)
         raise InputError(f"{_ATTEMPTS} images in a row cannot be read, see above. Repair or remove them.")

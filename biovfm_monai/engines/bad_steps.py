@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Events
-from torch import Tensor
 
 from biovfm_monai import distributed
+from biovfm_monai.data import GlobalBatchSampler
 from biovfm_monai.engines.collapse import CollapseHandler
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents
 from biovfm_monai.errors import InputError, NonFiniteLossError
-from biovfm_monai.files import append_json
+from biovfm_monai.files import append_json, cut_json_lines
 
 __all__ = ["BadStepHandler"]
 
@@ -26,9 +26,10 @@ _MEMORY = 0.98
 class BadStepHandler:
     """Leave out a step whose loss or gradients are not finite or far beyond the usual, and write down its images.
 
-    A line of `log_path` has the step, its mean loss, the norm of its gradients, why it was left out, and the keys of
-    its images, by which `RandomCropDataset` draws them. How many there were so far is logged as "bad_steps". Reading
-    the loss makes a GPU wait at each step, for some microseconds.
+    A line of `log_path` has the step, its mean loss, the norm of its gradients, why it was left out, and, where a
+    `GlobalBatchSampler` gives them, the numbers of its images over all processes: `dataset[number]` is one of them. How
+    many there were so far is logged as "bad_steps". Reading the loss makes a GPU wait at each step, for some
+    microseconds.
 
     Args:
         log_path: JSON-lines file; None for no file.
@@ -54,20 +55,20 @@ class BadStepHandler:
             raise InputError(f"most {most} must be 1 or more. Give more.")
         self.log_path = None if log_path is None else Path(log_path)
         self.spike, self.most, self.watch = spike, most, watch
-        self._keys: list[Tensor] = []
+        self._begun = False
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
         engine.state.bad_steps, engine.state.bad_in_a_row, engine.state.usual_norm = 0, 0, 0.0
         engine.state_dict_user_keys.extend(["bad_steps", "bad_in_a_row", "usual_norm"])
-        engine.add_event_handler(Events.ITERATION_STARTED, self._note)
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(StepEvents.GRADIENTS_COMPLETED, self._judge)
 
-    def _note(self, engine: PretrainingTrainer) -> None:
-        if (engine.state.iteration - 1) % engine.accumulation_steps == 0:
-            self._keys = []
-        if "key" in engine.state.batch:
-            self._keys.append(engine.state.batch["key"])
+    def _start(self, engine: PretrainingTrainer) -> None:
+        # Not when it goes back: what is written down is why.
+        if distributed.is_main() and self.log_path is not None and self.log_path.exists() and not self._begun:
+            cut_json_lines(self.log_path, engine.step)
+        self._begun = True
 
     def _judge(self, engine: PretrainingTrainer) -> None:
         state = engine.state
@@ -106,9 +107,12 @@ class BadStepHandler:
         return ""
 
     def _write(self, engine: PretrainingTrainer, line: dict[str, object]) -> None:
-        keys = distributed.gather(torch.cat(self._keys).to(engine.state.device)).tolist() if self._keys else []
         if not distributed.is_main():
             return
         logger.warning("step %d is left out, for %s", engine.step, line["reason"])
+        sampler = getattr(engine.data_loader, "batch_sampler", None)
+        if isinstance(sampler, GlobalBatchSampler):
+            first = (engine.step - 1) * sampler.batch_size
+            line["numbers"] = [*range(first, first + sampler.batch_size)]
         if self.log_path is not None:
-            append_json(self.log_path, line | {"keys": keys})
+            append_json(self.log_path, line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from biovfm_monai import distributed
 from biovfm_monai.engines.trainer import PretrainingTrainer
 from biovfm_monai.engines.usage import BatchCosts, peak_flops, peak_memory
-from biovfm_monai.files import append_json, write_atomically
+from biovfm_monai.files import append_json, cut_json_lines
 
 __all__ = ["ProgressHandler"]
 
@@ -44,12 +43,15 @@ class ProgressHandler:
         self.interval = interval
         self._waited = self._asked = self._begun = 0.0
         self._scalars: dict[str, list[torch.Tensor]] = {}
+        self._replaced: list[torch.Tensor] = []
         self._samples = 0
         self._bar: tqdm | None = None
         self._costs: BatchCosts | None = None
 
     def attach(self, engine: PretrainingTrainer) -> None:
         """Register with a trainer."""
+        engine.state.replaced_images = 0
+        engine.state_dict_user_keys.append("replaced_images")
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
@@ -63,13 +65,12 @@ class ProgressHandler:
         if not distributed.is_main():
             return
         if self.log_path is not None:
-            with write_atomically(self.log_path) as draft:
-                draft.write_text("".join(_lines_up_to(engine.step, self.log_path)), encoding="utf-8")
+            cut_json_lines(self.log_path, engine.step)
         # disable=None: no bar where standard error is no terminal.
         self._bar = tqdm(total=engine.total_steps, initial=engine.step, unit="step", disable=None)
 
     def _reset(self, engine: PretrainingTrainer) -> None:
-        self._scalars, self._waited = {}, 0.0
+        self._scalars, self._replaced, self._waited = {}, [], 0.0
         if self._costs is not None:
             self._costs.reset()
         self._samples, self._begun = engine.samples_seen, time.perf_counter()
@@ -84,6 +85,8 @@ class ProgressHandler:
         for name, value in engine.state.output[0].items():
             if isinstance(value, torch.Tensor) and value.ndim == 0:
                 self._scalars.setdefault(name, []).append(value)
+        if "replaced" in engine.state.batch:
+            self._replaced.append(engine.state.batch["replaced"].sum())
         if engine.state.iteration % engine.accumulation_steps:
             return
         if self._bar is not None:
@@ -104,6 +107,10 @@ class ProgressHandler:
             "data_wait": self._waited / seconds,
             "peak_memory_gib": peak_memory(engine.state.device),
         }
+        if self._replaced:
+            count = torch.stack(self._replaced).sum().float().to(engine.state.device)
+            engine.state.replaced_images += int(distributed.total(count))
+            metrics["replaced_images"] = engine.state.replaced_images
         # "loss" is the name of each iteration's own in TensorBoard and MLflow.
         engine.state.metrics.update({"mean_loss" if name == "loss" else name: value for name, value in metrics.items()})
         if not distributed.is_main():
@@ -154,9 +161,3 @@ class ProgressHandler:
 def _is_finite(value: Any) -> bool:
     # JSON has no infinity, which is what fp16 now and then has for a norm of gradients.
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _lines_up_to(step: int, path: Path) -> list[str]:
-    """Lines of the log whose step is done; a killed run may have left later ones, and half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

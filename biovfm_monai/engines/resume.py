@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from biovfm_monai import distributed
 from biovfm_monai.checkpoints import state as states
 from biovfm_monai.engines.settings import MAY_CHANGE, differences
 from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents
-from biovfm_monai.errors import InputError, require_within
+from biovfm_monai.errors import InputError, reason_of, require_within
 from biovfm_monai.files import rename_over, require_writable, set_aside
 
 __all__ = ["StateHandler"]
@@ -77,7 +78,7 @@ class StateHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
         engine.add_event_handler(Events.TERMINATE, self._save_stopped)
-        engine.add_event_handler(StepEvents.RUN_ENDED, self._wait)
+        engine.add_event_handler(StepEvents.RUN_ENDED, self._end)
 
     def rewind(self, engine: PretrainingTrainer) -> bool:
         """Let a run go back to its newest state once this iteration is complete.
@@ -122,7 +123,9 @@ class StateHandler:
         gone = {found for found in ends[self.keep :] if not steps or states.step_of(found) % steps}
         for found in states.states_in(self.folder):
             if found in gone or _is_stopped(found):
-                shutil.rmtree(found)
+                # What someone still reads may not go: it is then a draft, which the next run removes.
+                draft = found.replace(found.with_name(f".{found.name}.draft"))
+                shutil.rmtree(draft, ignore_errors=True)
 
     def _look(self, _: PretrainingTrainer) -> None:
         if self._writing is not None and self._writing.done():
@@ -133,6 +136,16 @@ class StateHandler:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _end(self, _: PretrainingTrainer) -> None:
+        ended_by = sys.exception()
+        try:
+            self._wait()
+        except Exception as error:
+            if ended_by is None:
+                raise
+            # What ended the run is to be seen, not what came of it.
+            logger.error("the last state was not written: %s", reason_of(error))
 
     def _load(self, engine: PretrainingTrainer) -> None:
         self._wait()

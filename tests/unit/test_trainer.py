@@ -1,7 +1,10 @@
 """The engine: what happens once per optimizer step, what ends a run, and that a killed run goes on exactly."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -33,7 +36,7 @@ from biovfm_monai.engines import (
     fast_precision,
     parameter_groups,
 )
-from biovfm_monai.errors import InputError, NonFiniteLossError
+from biovfm_monai.errors import InputError, NonFiniteLossError, reason_of
 from biovfm_monai.methods import MAE, SSLMethod
 from biovfm_monai.networks import ViT, vit_tiny
 
@@ -212,7 +215,7 @@ def test_a_bad_step_is_left_out_counted_and_its_images_written_down(tmp_path, fa
     assert len(set(weights)) == 5
     assert len(method.progress) == 5
     (line,) = map(json.loads, (tmp_path / "bad.jsonl").open())
-    assert (line["step"], line["keys"]) == (3, [8, 9, 10, 11])
+    assert (line["step"], line["numbers"]) == (3, [8, 9, 10, 11])
     assert [entry.get("bad_steps") for entry in map(json.loads, (tmp_path / "log.jsonl").open())][2:] == [1] * 4
 
 
@@ -252,7 +255,12 @@ def test_a_run_resumed_between_bad_steps_counts_as_one_that_was_not_disturbed(tm
 
     expected = run(tmp_path / "whole", 2, False)
     run(tmp_path / "parts", 1, False)
+    with (tmp_path / "parts/bad.jsonl").open("a") as file:
+        file.write('{"step": 4}\n')  # of a run that was killed before it wrote a state
     assert run(tmp_path / "parts", 2, True) == expected
+    logs = [(tmp_path / name / "bad.jsonl").read_text() for name in ("whole", "parts")]
+    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [2, 3, 4]
+    assert logs[0] == logs[1]
     assert expected[:2] == (3, 0)
 
 
@@ -574,6 +582,65 @@ def test_settings_that_change_what_is_learnt_are_refused_on_resuming_and_others_
     else:
         with pytest.raises(InputError, match=f"another configuration: .*{difference}"):
             run(2, True, **changed)
+
+
+def test_replaced_images_are_counted_over_the_whole_run(tmp_path):
+    class Replaced(Numbers):
+        def __getitem__(self, number):
+            return {**super().__getitem__(number), "replaced": number in (1, 6, 7, 20)}
+
+    def run(epochs, resume):
+        loader = DataLoader(Replaced(), batch_sampler=GlobalBatchSampler(4, 3))
+        handlers = [StateHandler(tmp_path, resume=resume), ProgressHandler(tmp_path / "log.jsonl", 1)]
+        method, views = mae(), RandomResizedCrop((16, 16))
+        optimizer = torch.optim.AdamW(method.parameters())
+        PretrainingTrainer("cpu", epochs, loader, method, optimizer, views, train_handlers=handlers).run()
+
+    run(1, False)
+    run(2, True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["replaced_images"] for line in lines] == [1, 3, 3, 3, 3, 4]
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line():
+    class Dies(Numbers):
+        def __getitem__(self, number):
+            if number == 6:
+                os._exit(9)
+            return super().__getitem__(number)
+
+    loader = DataLoader(Dies(), batch_sampler=GlobalBatchSampler(4, 3), num_workers=1)
+    method = mae()
+    with pytest.raises(RuntimeError) as caught:
+        PretrainingTrainer("cpu", 1, loader, method, torch.optim.AdamW(method.parameters())).run()
+    assert re.match(r"a process that reads images died \(DataLoader worker .*\)\. If memory", reason_of(caught.value))
+
+
+def test_an_old_state_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    removed = shutil.rmtree
+
+    def busy(path, **options):
+        if not options.get("ignore_errors"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr("biovfm_monai.engines.resume.shutil.rmtree", busy)
+    run_epochs(tmp_path, 4, 4, False)
+    monkeypatch.setattr("biovfm_monai.engines.resume.shutil.rmtree", removed)
+    assert len(states_of(tmp_path)) == 2
+    run_epochs(tmp_path, 4, 5, True)
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_what_ended_a_run_is_told_though_its_last_state_cannot_be_written_either(tmp_path, caplog, monkeypatch):
+    def full(*_):
+        time.sleep(0.5)
+        raise OSError(errno.ENOSPC, "No space left on device", "state")
+
+    monkeypatch.setattr("biovfm_monai.engines.resume.states.write_state", full)
+    method = Breaks({4})
+    with pytest.raises(NonFiniteLossError, match="at iteration 4"):
+        trainer(method, train_handlers=[StateHandler(tmp_path)]).run()
+    assert "the last state was not written: state: No space left on device" in caplog.text
 
 
 def test_starting_anew_sets_the_states_of_an_earlier_run_aside(tmp_path):
