@@ -26,7 +26,7 @@ from torch.nn import functional
 from biovfm_monai.evaluation.features import PooledFeatures
 from biovfm_monai.networks import ViT
 
-TASK, METHODS, CONTROL = "organamnist", ("MAE", "SimMIM", "I-JEPA", "masked tokens"), "random init"
+TASK, METHODS, CONTROL = "organamnist", ("MAE", "DINOv2", "SimMIM", "I-JEPA", "masked tokens"), "random init"
 RATES = Path(__file__).parents[1] / "docs/results/quality_2d_rows.csv"
 
 
