@@ -70,7 +70,7 @@ def initialize(timeout: float | None = None) -> None:
         else:
             if torch.cuda.is_available():
                 torch.cuda.set_device(device())
-            dist.init_process_group(backend, **options)
+            dist.init_process_group(backend, **options, **_meeting_place())
     except (dist.DistError, ValueError) as error:
         place, number = (
             ":".join(os.environ.get(name, f"no {name}") for name in names.split())
@@ -80,6 +80,27 @@ def initialize(timeout: float | None = None) -> None:
             f"{place}: process {number} did not meet the others there ({str(error).splitlines()[0]}). Start all of "
             "them, with an address of the first one that the others reach, and a port that is free."
         ) from error
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where processes that torchrun has started again meet, if not where they would; nothing at the first start.
+
+    Its agent keeps one store for all starts, in which they would find the addresses of those that are gone.
+
+    Raises:
+        InputError: on several machines, whose agents count starts apart.
+    """
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not start or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "processes on several machines were started again, and do not find each other by torchrun's store. Set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all machines."
+        )
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": world}
 
 
 def finalize() -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -145,6 +146,9 @@ def _sharded(
         "reshard_after_forward": reshard,
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
     }
+    # As DDP does: else parts would be of as many beginnings as there are processes.
+    for x in module.state_dict().values():
+        dist.broadcast(x, 0)
     for block in blocks:
         fully_shard(block, **options)
     network = Sharded(module)

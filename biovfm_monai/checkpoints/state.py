@@ -85,7 +85,7 @@ def write_state(
     about: dict[str, Any],
     group: ProcessGroup | None = None,
 ) -> None:
-    """Write a state; all processes call it, and none returns before it is there.
+    """Write a state; all processes call it, and the main one does not return before it is there.
 
     Args:
         path: the folder that the state becomes.

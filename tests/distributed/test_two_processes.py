@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -152,6 +153,17 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(alone, tmp
     goes_on = launch(1, tmp_path, resume="resume")[0]
     assert goes_on["numbers"] == list(range(7 * 8, 80))
     torch.testing.assert_close(torch.tensor(goes_on["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+def test_torchrun_starts_a_killed_process_and_its_fellow_again_and_they_go_on(alone, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
+    subprocess.run([sys.executable, *torchrun, SCRIPT, tmp_path, "1", "2", "killed"], check=True, timeout=240)
+    ends = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(ends[0]["numbers"] + ends[1]["numbers"]) == list(range(5 * 8, 80))
+    torch.testing.assert_close(torch.tensor(ends[0]["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
+    assert losses(tmp_path) == pytest.approx(alone["losses"], rel=1e-4)
 
 
 @pytest.mark.xdist_group("distributed")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -46,8 +47,15 @@ class Autoencoder(SSLMethod):
         return {"loss": (self.head(self.encoder(batch["image"]).mean(1)) - target).square().mean()}
 
 
+def die(states: Path) -> None:
+    """Once the state of the first epoch is there."""
+    while not [*states.glob("step-*")]:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
-    """`resume` is "anew", "resume", "signalled" or "profiled"."""
+    """`resume` is "anew", "resume", "signalled", "killed" or "profiled"."""
     torch.set_num_threads(1)
     distributed.initialize()
     torch.manual_seed(0)
@@ -60,7 +68,7 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
         "cpu", 2, loader, network, optimizer, prepare_batch=lambda batch, *_, **__: batch,
         accumulation_steps=int(accumulation), schedules={"lr": WarmupCosine(0.003)},
         train_handlers=[
-            StateHandler(f"{out}/state", resume=resume == "resume"), ProgressHandler(f"{out}/log.jsonl", 1),
+            StateHandler(f"{out}/state", resume=resume in ("resume", "killed")), ProgressHandler(f"{out}/log.jsonl", 1),
         ],
     )  # fmt: skip
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.epoch == int(epochs) and e.terminate())
@@ -69,6 +77,8 @@ def main(out: str, accumulation: str, epochs: str, resume: str) -> None:
     if resume == "signalled" and distributed.rank() == 1:
         # Only one of the processes gets it.
         trainer.add_event_handler(Events.ITERATION_STARTED(once=7), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    if resume == "killed" and distributed.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=7), lambda _: die(Path(out, "state")))
     trainer.run()
     result = {"numbers": method.numbers, "weights": torch.cat([p.flatten() for p in method.parameters()]).tolist()}
     with Path(out, f"rank{distributed.rank()}.json").open("w") as file:
