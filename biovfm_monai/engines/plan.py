@@ -92,6 +92,12 @@ def make_plan(
             f"batch_size {batch_size} cannot be shared out over {processes} process(es) times {accumulation} "
             f"accumulation step(s). Give a batch_size that is a multiple of {processes * accumulation}."
         )
+    sharding = _made(parser, "sharding")
+    if sharding == "hybrid" and processes > 1:
+        raise InputError(
+            "sharding 'hybrid' shares weights out within a machine, and a plan knows of no machines. Plan one of them: "
+            "--sharding full, --processes as many as its devices, and its part of --batch_size."
+        )
     precision, device = _made(parser, "precision"), torch.device(_made(parser, "device")).type
     if precision not in DTYPES:
         raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(DTYPES)}.")
@@ -106,7 +112,7 @@ def make_plan(
         gradients_stay = accumulation > 1 or processes > parts
         return memory_of(method, make, optimizer, DTYPES[precision], device, gradients_stay, parts)
 
-    parts = processes if _made(parser, "sharding") != "none" else 1
+    parts = 1 if sharding == "none" else processes
     budget, steps = _made(parser, "budget"), _made(parser, "steps_per_epoch")
     epochs = _made(parser, "max_epochs") if budget is None else epochs_within(budget, steps * batch_size, lambda: cost)
     return Plan(

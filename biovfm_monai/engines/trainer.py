@@ -234,6 +234,7 @@ class PretrainingTrainer(SupervisedTrainer):
         shown = output if norm is None else {**output, "gradient_norm": norm}
         # What happens at the end of an epoch is not left out: the run then stops one step later.
         if steps_now and self._asked_to_stop() and not epoch_ends:
+            self._check_losses(0)
             self.stopped = True
             distributed.leave_unfinished()
             self.terminate(skip_completed=True)

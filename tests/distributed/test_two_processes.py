@@ -49,6 +49,19 @@ found = {"rows": sorted(rows.tolist()), "usage": usage.item(), "read": sum(len(x
 Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 distributed.finalize()
 """
+SHARDED = """
+import sys, torch
+from biovfm_monai import distributed, parallelism
+from biovfm_monai.networks import ViT
+distributed.initialize()
+torch.manual_seed(distributed.rank())
+network = ViT(1, (16, 16), 8, embed_dim=24, depth=1, num_heads=3)
+first = {name: x.clone() for name, x in network.state_dict().items()}
+weights = parallelism.whole(parallelism.parallel(network, "cpu", sharding="full").module.state_dict())
+same = all(torch.equal(weights[name], x) for name, x in first.items())
+assert same == (distributed.rank() == 0)
+distributed.finalize()
+"""
 REWOUND = """
 import json, sys
 from pathlib import Path
@@ -153,6 +166,11 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(alone, tmp
     goes_on = launch(1, tmp_path, resume="resume")[0]
     assert goes_on["numbers"] == list(range(7 * 8, 80))
     torch.testing.assert_close(torch.tensor(goes_on["weights"]), torch.tensor(alone["weights"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_sharded_weights_are_those_of_the_first_process(tmp_path):
+    run_together(2, ["-c", SHARDED], tmp_path)
 
 
 @pytest.mark.slow

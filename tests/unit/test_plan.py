@@ -241,6 +241,7 @@ def test_a_budget_that_is_none_is_refused(budget):
         ({"decoder#depth": 3}, {}, "has no key 'decoder' to change"),
         ({"encoder#dep": 3}, {}, "method of the configuration cannot be made: .*unexpected keyword argument 'dep'"),
         ({"batch_size": 9}, {"processes": 2}, r"batch_size 9 cannot be shared out over 2 process\(es\)"),
+        ({"sharding": "hybrid"}, {"processes": 2}, "a plan knows of no machines. Plan one of them: --sharding full"),
         ({"precision": "fp8"}, {}, "precision 'fp8' is unknown"),
         ({}, {"memory": 0}, "memory 0 must be above 0"),
         ({}, {"rate": "fast"}, "rate 'fast' must be a number"),
