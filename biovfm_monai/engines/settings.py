@@ -14,13 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAY_CHANGE", "differences", "settings_of"]
 
-_VIEWS = ("RandomResizedCrop", "MultiCrop")
-
-
 #: what a resumed run may have otherwise, and is told: how fast it goes on, not what it learns from.
 MAY_CHANGE = ("max_epochs", "precision", "clip_norm", "optimizer lr", "schedules")
 #: what may differ without changing more than rounding.
 _NO_MATTER = {"foreach", "fused", "capturable", "differentiable"}
+_VIEWS = ("RandomResizedCrop", "MultiCrop")
 
 
 def settings_of(engine: PretrainingTrainer) -> dict[str, Any]:

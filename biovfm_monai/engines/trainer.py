@@ -146,8 +146,9 @@ class PretrainingTrainer(SupervisedTrainer):
             InputError: when processes were started with different settings.
         """
         # Those of gradients talk to each other.
-        of_gradients = [handler.__qualname__ for handler, *_ in self._event_handlers[StepEvents.GRADIENTS_COMPLETED]]
-        own = {"accumulation_steps": self.accumulation_steps, "handlers of gradients": of_gradients}
+        judges = self._event_handlers[StepEvents.GRADIENTS_COMPLETED]
+        names = [getattr(handler, "__qualname__", type(handler).__name__) for handler, *_ in judges]
+        own = {"accumulation_steps": self.accumulation_steps, "handlers of gradients": names}
         self.settings = settings_of(self)
         distributed.require_same(self.settings | own, self.state.device)
         self._again, self.stopped = True, False
