@@ -8,14 +8,16 @@ by file, since the names do not tell patients apart). All networks train in fp32
 its time, with the same views, loss, schedule and batches; a network's rate is the one of `RATES` with the best AUC on
 the task's validation images after a third of the time, with a seed that is not used again. "ours, pretrained" begins
 with an encoder that learned from the task's training images without labels (VICReg, the best of quality_2d.py) for the
-seconds of --pretraining, which come on top. A run is a row of OUT/rows.csv; what stands there is not run again. At the
-end: OUT/table.md.
+seconds of --pretraining, which come on top. ResNet-18 has two stems: one step of the fine one, which small images are
+usually given, takes as long as many of the other. A run is a row of OUT/rows.csv; what stands there is not run again.
+At the end: OUT/table.md.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from biovfm_monai.data import Policy, RandomResizedCrop
 from biovfm_monai.networks import Classifier
 
 TASKS["breastmnist"], TASKS["pneumonia"] = TASKS["organamnist"], Task(1, 64, 8, 32)
-RATES, BATCH, METHOD, METHOD_RATE = (0.0003, 0.001, 0.003), 128, "VICReg", 0.002
+RATES, BATCH, METHOD, METHOD_RATE = (0.0003, 0.001, 0.003), 32, "VICReg", 0.002
 SCORES = {"auc": Shown("AUC (%)", 100, 2), "accuracy": Shown("accuracy (%)", 100, 2)}
 KEY = ("task", "network", "seed", "rate", "seconds")
 # Cut to the beam, as ultrasound is, they would be of many sizes.
@@ -82,9 +84,12 @@ def monai_vit(task: Task, classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-def monai_resnet18(task: Task, classes: int) -> nn.Module:
-    """MONAI's, without the pooling after the first layer, as images are small."""
-    return resnet18(spatial_dims=2, n_input_channels=task.channels, num_classes=classes, no_max_pool=True)
+def monai_resnet18(task: Task, classes: int, fine: bool = False) -> nn.Module:
+    """MONAI's, as for photographs, or fine: without the stride of the first layer and the pooling after it."""
+    return resnet18(
+        spatial_dims=2, n_input_channels=task.channels, num_classes=classes, conv1_t_stride=1 if fine else 2,
+        no_max_pool=fine,
+    )  # fmt: skip
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -92,6 +97,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ours, random init": ours,
     "MONAI's ViT": monai_vit,
     "MONAI's ResNet-18": monai_resnet18,
+    "MONAI's ResNet-18, fine": partial(monai_resnet18, fine=True),
 }
 
 

@@ -194,7 +194,7 @@ class StateHandler:
     def _apply(self, engine: PretrainingTrainer, path: Path) -> None:
         try:
             state = states.about_state(path)
-            others = differences(state["settings"], engine.settings)
+            others = differences(state["settings"], engine.settings, _versions().items() <= state.items())
             if refused := [text for name, text in others.items() if not name.startswith(MAY_CHANGE)]:
                 raise ValueError("; ".join(refused))
             tensors = states.read_state(path, like=_like(engine), group=self._group)
@@ -223,6 +223,10 @@ def _is_stopped(path: Path) -> bool:
     return path.name.endswith("-stopped")
 
 
+def _versions() -> dict[str, str]:
+    return {"version": biovfm_monai.__version__, "torch": str(torch.__version__)}
+
+
 def _state_of(engine: PretrainingTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a run, by name, and all else, as JSON values."""
     settings, optimizer = engine.settings, engine.optimizer.state_dict()
@@ -235,8 +239,7 @@ def _state_of(engine: PretrainingTrainer) -> tuple[dict[str, Tensor], dict[str, 
             else:
                 others.setdefault(str(number), {})[name] = value
     return tensors, {
-        "version": biovfm_monai.__version__,
-        "torch": str(torch.__version__),
+        **_versions(),
         "settings": settings,
         "optimizer": {"param_groups": optimizer["param_groups"], "state": others},
         "loss_scaler": engine.loss_scaler.state_dict(),

@@ -18,6 +18,7 @@ __all__ = ["MAY_CHANGE", "differences", "settings_of"]
 MAY_CHANGE = ("max_epochs", "precision", "clip_norm", "optimizer lr", "schedules")
 #: what may differ without changing more than rounding.
 _NO_MATTER = {"foreach", "fused", "capturable", "differentiable"}
+_NOT_SET = "not set"
 _VIEWS = ("RandomResizedCrop", "MultiCrop")
 
 
@@ -71,10 +72,17 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, json.loads(json.dumps(value, default=str))
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, str]:
-    """A text for each setting that differs, by its name; one that only one of them has does not count."""
+def differences(found: dict[str, Any], expected: dict[str, Any], of_one_version: bool = True) -> dict[str, str]:
+    """A text for each setting that differs, by its name.
+
+    Args:
+        found, expected: as `settings_of` gives them.
+        of_one_version: whether one that only one of them has counts; versions may name other settings.
+    """
+    names = [name for name in found if name in expected]
+    names += [name for name in {**found, **expected} if name not in names] if of_one_version else []
     return {
-        name: f"{name} {found[name]} instead of {value}"
-        for name, value in expected.items()
-        if name in found and json.dumps(found[name]) != json.dumps(value)
+        name: f"{name} {found.get(name, _NOT_SET)} instead of {expected.get(name, _NOT_SET)}"
+        for name in names
+        if json.dumps(found.get(name, _NOT_SET)) != json.dumps(expected.get(name, _NOT_SET))
     }

@@ -36,6 +36,7 @@ from biovfm_monai.engines import (
     fast_precision,
     parameter_groups,
 )
+from biovfm_monai.engines.settings import differences
 from biovfm_monai.errors import InputError, NonFiniteLossError, reason_of
 from biovfm_monai.methods import MAE, SSLMethod
 from biovfm_monai.networks import ViT, vit_tiny
@@ -553,6 +554,7 @@ def test_resuming_from_states_that_are_all_damaged_is_refused_and_nothing_is_los
         ({"betas": (0.8, 0.9)}, r"optimizer betas \[0.9, 0.999\] instead of \[0.8, 0.9\]"),
         ({"views": {"scale": (0.5, 1.0)}}, r"views scale \[0.2, 1.0\] instead of \[0.5, 1.0\]"),
         ({"views": {"policy": Policy(flip=0.1)}}, "views policy flip 0.5 instead of 0.1"),
+        ({"views": {"policy": {"ct": Policy()}}}, "views policy flip 0.5 instead of not set"),
         ({"kind": torch.optim.SGD}, "optimizer AdamW instead of SGD"),
         ({"lr": 1e-3}, None), ({"schedules": {"lr": WarmupCosine(1e-3)}}, None), ({"clip_norm": 1.0}, None),
         ({"precision": "bf16"}, None),
@@ -582,6 +584,12 @@ def test_settings_that_change_what_is_learnt_are_refused_on_resuming_and_others_
     else:
         with pytest.raises(InputError, match=f"another configuration: .*{difference}"):
             run(2, True, **changed)
+
+
+def test_settings_that_only_another_version_knows_do_not_count():
+    found, expected = {"method": "MAE", "former": 1}, {"method": "DINOv2", "new": 2}
+    assert differences(found, expected, of_one_version=False) == {"method": "method MAE instead of DINOv2"}
+    assert list(differences(found, expected)) == ["method", "former", "new"]
 
 
 def test_replaced_images_are_counted_over_the_whole_run(tmp_path):
