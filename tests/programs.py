@@ -59,16 +59,17 @@ def run_python(arguments, cwd, timeout=240, **env):
         return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
-def run_together(processes, arguments, cwd, timeout=240, status=0):
+def run_together(processes, arguments, cwd, timeout=240, status=0, machines=1):
     """A program as so many processes that torch's own variables let meet, all to end with a status; what they print."""
+    here = processes // machines
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "TMPDIR": str(cwd)}
-    common |= {"LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"LOCAL_WORLD_SIZE": str(here)}
     with ExitStack() as stack:
         all_of_them = [
-            stack.enter_context(started(arguments, cwd, **common, RANK=str(rank), LOCAL_RANK=str(rank)))
+            stack.enter_context(started(arguments, cwd, **common, RANK=str(rank), LOCAL_RANK=str(rank % here)))
             for rank in range(processes)
         ]
         deadline = time.monotonic() + timeout

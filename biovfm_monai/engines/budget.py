@@ -15,6 +15,7 @@ __all__ = ["epochs_for", "epochs_within"]
 
 logger = logging.getLogger(__name__)
 
+_NEAR = 0.05
 _UNITS = ("epochs", "samples", "tokens", "flops")
 
 
@@ -54,7 +55,7 @@ def epochs_for(
 
 
 def epochs_within(budget: str, samples_per_epoch: int, cost: Callable[[], Cost]) -> int:
-    """As `epochs_for`, with the cost of a sample, which is asked for when it matters.
+    """As `epochs_for`, with the cost of a sample, which is asked for when it matters; warns where it is far off.
 
     Raises:
         InputError: on a budget that is none.
@@ -62,7 +63,14 @@ def epochs_within(budget: str, samples_per_epoch: int, cost: Callable[[], Cost])
     amount, unit = _parsed(budget)
     if unit in ("tokens", "flops"):
         amount /= getattr(cost(), unit)
-    return max(round(amount if unit == "epochs" else amount / samples_per_epoch), 1)
+    exact = amount if unit == "epochs" else amount / samples_per_epoch
+    epochs = max(round(exact), 1)
+    if abs(epochs / exact - 1) > _NEAR and distributed.is_main():
+        logger.warning(
+            "a budget of %s is %.3g epochs of %d samples, and the run has %d, %.3g times as much. Shorter epochs come "
+            "nearer to it: give --steps_per_epoch.", budget, exact, samples_per_epoch, epochs, epochs / exact,
+        )  # fmt: skip
+    return epochs
 
 
 def _parsed(budget: str) -> tuple[float, str]:

@@ -64,6 +64,7 @@ def train(name, out, options, resume=False):
     optimizer = torch.optim.SGD(parameter_groups(network), 0.003, momentum=0.9)
     PretrainingTrainer(
         "cpu", 2, loader, network, optimizer, prepare_batch=on_device, accumulation_steps=2, clip_norm=1.0,
+        precision=options.get("precision", "fp32"),
         schedules={"lr": WarmupCosine(0.003)},
         train_handlers=[
             StateHandler(out / "state", resume=resume), ProgressHandler(out / "log.jsonl", 1), EncoderHandler(out),

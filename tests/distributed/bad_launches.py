@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ def refusals(rank):
             yield "nothing"
 
 
-def main(out):
+def main(out, late=""):
     report_input_errors()
     torch.set_num_threads(1)
-    distributed.initialize(timeout=60)
+    distributed.initialize(timeout=8 if late else 60)
     rank = distributed.rank()
+    if late and rank == 1:
+        time.sleep(240)
     known = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     places = {"size": distributed.world_size(), "here": distributed.local_world_size(), "environment": known}
     Path(out, f"rank{rank}.json").write_text(json.dumps({**places, "said": list(refusals(rank))}))

@@ -68,6 +68,20 @@ def test_without_torchrun_two_processes_meet_are_refused_what_does_not_fit_and_e
     assert "Traceback" not in "".join(printed)
 
 
+@pytest.mark.xdist_group("distributed")
+def test_who_waits_for_a_process_that_hangs_ends_after_the_timeout_with_one_line(tmp_path):
+    environment = by_variables(free_port())
+    with ExitStack() as stack:
+        (process, (_, errors)), (late, _) = (
+            stack.enter_context(started([SCRIPT, tmp_path, "late"], tmp_path, **environment(rank))) for rank in (0, 1)
+        )
+        process.join(120)
+        assert (process.exitcode, late.exitcode) == (1, None)
+        (line,) = [line for line in errors.read_text().splitlines() if "error: " in line]
+    assert "another process was waited for in vain (" in line
+    assert "8000ms" in line
+
+
 @pytest.mark.parametrize(
     "case", ["the port is taken", "nobody listens", "no such host", "no host answers", "the others stay away"]
 )
@@ -107,7 +121,7 @@ def test_a_script_of_slurm_that_starts_one_process_waits_for_nobody(monkeypatch)
     assert distributed.world_size() == 1
 
 
-def test_a_process_that_is_late_is_named_as_the_reason(capsys):
+def test_a_process_that_is_late_is_told_as_the_reason(capsys):
     previous = sys.excepthook
     report_input_errors()
     try:

@@ -15,7 +15,9 @@ from programs import run_together
 from biovfm_monai import distributed
 from biovfm_monai.checkpoints import load_encoder
 from biovfm_monai.checkpoints.state import about_state, newest_state, read_state, state_name
+from biovfm_monai.shipped import shipped_folder
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
 LOSSES = str(Path(__file__).with_name("losses_in_halves.py"))
 ALL_METHODS = str(Path(__file__).with_name("all_methods.py"))
@@ -184,6 +186,14 @@ def test_torchrun_starts_a_killed_process_and_its_fellow_again_and_they_go_on(al
     assert losses(tmp_path) == pytest.approx(alone["losses"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/resume.py", "--out", tmp_path]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=3000).stdout
+    assert printed.count("| yes | yes |") == 12, printed
+    assert "each image once, in order: True" in printed
+
+
 @pytest.mark.xdist_group("distributed")
 def test_the_log_tells_from_a_trace_what_share_of_the_time_two_processes_talk(tmp_path):
     launch(2, tmp_path, resume="profiled")
@@ -264,6 +274,28 @@ def test_every_method_learns_the_same_by_one_process_and_by_two(methods_alone, t
     names = [*(name for name in all_methods.METHODS if "drop-path" not in name), "all kinds"]
     run_together(2, [ALL_METHODS, tmp_path, json.dumps(options), *names], tmp_path, timeout=600)
     assert_equal_runs(methods_alone(names), tmp_path, names)
+
+
+@pytest.mark.slow
+def test_parts_within_two_machines_and_copies_between_them_learn_what_a_whole_network_does(methods_alone, tmp_path):
+    names = ["all kinds", "DINOv2, queue"]
+    run_together(4, [ALL_METHODS, tmp_path, '{"sharding": "hybrid"}', *names], tmp_path, machines=2)
+    assert_equal_runs(methods_alone(names), tmp_path, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_overlay_for_large_models_changes_what_is_learnt_by_rounding_alone(methods_alone, tmp_path, precision):
+    names, overlay = ["MAE", "DINOv2, queue"], json.loads((shipped_folder("configs") / "large_model.json").read_text())
+    options = json.dumps({**overlay, "precision": precision})
+    run_together(2, [ALL_METHODS, tmp_path, options, *names], tmp_path, timeout=900)
+    if precision == "fp32":
+        assert_equal_runs(methods_alone(names), tmp_path, names)
+    else:
+        all_methods.main(tmp_path / "alone", '{"precision": "bf16"}', *names)
+        for name in names:
+            # A loss that falls by a tenth in a step makes more of where it is rounded.
+            assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=0.05), name
 
 
 def by_one_and_by_two(code, out):

@@ -222,6 +222,14 @@ def test_a_budget_is_as_many_epochs_as_come_nearest_to_it(budget, epochs):
     assert epochs_for(budget, 7, sampler, small_mae(), RandomResizedCrop((32, 32)), (40, 40)) == epochs
 
 
+@pytest.mark.parametrize(("budget", "said"), [("4 samples", "is 0.25 epochs of 16 samples, and the run has 1, 4 times"),
+    ("40 samples", "is 2.5 epochs of 16 samples, and the run has 2, 0.8 times"), ("33 samples", None)])  # fmt: skip
+def test_a_budget_that_whole_epochs_do_not_come_near_is_told(caplog, budget, said):
+    epochs_for(budget, 7, GlobalBatchSampler(8, 2), small_mae(), RandomResizedCrop((32, 32)), (40, 40))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [said in warning for warning in warnings] == ([True] if said else [])
+
+
 def test_a_budget_of_operations_is_that_of_the_methods_own():
     method, views = small_mae(), RandomResizedCrop((32, 32))
     one = cost_of(imagined(method), blank_batch(imagined(method), views, (40, 40), 4), 4).flops
