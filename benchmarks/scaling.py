@@ -1,13 +1,15 @@
 """How fast a masked autoencoder trains with each overlay on and off, and by two processes as against one.
 
     python benchmarks/scaling.py [--encoders vit_base vit_large] [--processes 1 2] [--overlays none bf16 ...]
-        [--batch 64] [--steps 20] [--rounds 3] [--size 224]
+        [--batch 64] [--steps 20] [--rounds 3] [--size 224] [--store STORE [--workers 8]]
 
 Synthetic images, the published decoder, AdamW, gradients clipped; on a GPU per process where there is one, else on the
 CPU with a thread per process. `--batch` is of each process, so that two have twice the work. Overlays take turns in one
 job: each trains `--steps` steps a round, of which the first quarter does not count. "images/s" is of all processes, by
-the median of all steps that count; "of peak" is model FLOPs by time and the device's peak; "memory" what the tensors of
-a GPU took at most; "efficiency" images/s as a share of so many times those of one process.
+the median of all steps that count; with --store each overlay has a turn more with the images of a store or folder, as
+the bundle biovfm_mae_pretraining reads and changes them, in so many workers of each process; "of peak" is model FLOPs
+by time and the device's peak; "memory" what the tensors of a GPU took at most; "efficiency" images/s as a share of so
+many times those of one process.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader, Dataset
 
 from biovfm_monai import distributed, networks, parallelism
@@ -35,6 +38,7 @@ from biovfm_monai.engines import PretrainingTrainer, parameter_groups
 from biovfm_monai.engines.cost import flops_of, imagined, outlined
 from biovfm_monai.engines.usage import peak_flops
 from biovfm_monai.methods import MAE
+from biovfm_monai.shipped import shipped_folder
 
 OVERLAYS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -58,20 +62,32 @@ class Noise(Dataset):
         return {"image": self.image, "key": torch.tensor(number)}
 
 
-def steps_of(name: str, options: dict[str, Any]) -> tuple[list[float], float, float]:
+def source_of(store: str | None, options: dict[str, Any], device: torch.device) -> tuple[DataLoader, Any]:
+    """Where images come from, and what makes the method's batches of them."""
+    count, size = options["batch"] * distributed.world_size(), (options["size"],) * 2
+    if store is None:
+        loader = DataLoader(Noise(options["size"]), batch_sampler=GlobalBatchSampler(count, options["steps"]))
+        return loader, lambda images, *_, **__: {key: x.to(device) for key, x in images.items()}
+    parser = ConfigParser()
+    parser.read_config(str(shipped_folder("bundles") / "biovfm_mae_pretraining/configs/train.json"))
+    given = {"dataset_dir": store, "batch_size": count, "steps_per_epoch": options["steps"], "img_size": size}
+    given |= {"crop_size": [3 * n // 2 for n in size], "num_workers": options["workers"]}
+    parser.update(given)
+    return parser.get_parsed_content("train#dataloader"), parser.get_parsed_content("views")
+
+
+def steps_of(name: str, store: str | None, options: dict[str, Any]) -> tuple[list[float], float, float]:
     """Seconds of each counted step of an overlay, share of the device's peak, and GiB of a GPU's tensors."""
     device, overlay = distributed.device(), OVERLAYS[name]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     method = MAE(getattr(networks, options["encoder"])(img_size=(options["size"],) * 2))
     network = parallelism.parallel(method, device, **overlay)
-    batch = options["batch"]
+    loader, prepare_batch = source_of(store, options, device)
     clock: list[float] = []
-    sampler = GlobalBatchSampler(batch * distributed.world_size(), options["steps"])
     trainer = PretrainingTrainer(
-        device, 1, DataLoader(Noise(options["size"]), batch_sampler=sampler), network,
-        torch.optim.AdamW(parameter_groups(network), 1e-4, fused=True),
-        prepare_batch=lambda images, *_, **__: {key: x.to(device) for key, x in images.items()},
+        device, 1, loader, network, torch.optim.AdamW(parameter_groups(network), 1e-4, fused=True),
+        prepare_batch=prepare_batch,
         precision=overlay.get("precision", "fp32"), clip_norm=1.0,
     )  # fmt: skip
 
@@ -83,9 +99,15 @@ def steps_of(name: str, options: dict[str, Any]) -> tuple[list[float], float, fl
     trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
     trainer.run()
     seconds = [later - earlier for earlier, later in pairwise(clock)][options["steps"] // 4 :]
-    flops = flops_of(imagined(method), outlined(next(iter(trainer.data_loader))))[1]
+    blank = {"image": torch.empty(options["batch"], 3, *(options["size"],) * 2), "key": torch.arange(options["batch"])}
+    flops = flops_of(imagined(method), outlined(blank))[1]
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     return seconds, flops / peak_flops(device, trainer.dtype), memory
+
+
+def turns_of(name: str, store: str | None) -> list[tuple[str, tuple[str, str | None]]]:
+    """The rows of an overlay, and what takes a turn for each."""
+    return [(name, (name, None)), *([(f"{name}, from the store", (name, store))] if store else [])]
 
 
 def worker(options: dict[str, Any], out: str) -> None:
@@ -93,14 +115,15 @@ def worker(options: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     distributed.initialize()
     found: dict[str, dict[str, float]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in options["overlays"]}
+    turns = {row: turn for name in options["overlays"] for row, turn in turns_of(name, options["store"])}
+    seconds: dict[str, list[float]] = {row: [] for row in turns}
     for _ in range(options["rounds"]):
-        for name in options["overlays"]:
-            measured, of_peak, memory = steps_of(name, options)
-            seconds[name] += measured
-            step = statistics.median(seconds[name])
+        for row, (name, store) in turns.items():
+            measured, of_peak, memory = steps_of(name, store, options)
+            seconds[row] += measured
+            step = statistics.median(seconds[row])
             images = options["batch"] * distributed.world_size() / step
-            found[name] = {"images": images, "of_peak": of_peak / step, "memory": memory}
+            found[row] = {"images": images, "of_peak": of_peak / step, "memory": memory}
     if distributed.is_main():
         Path(out).write_text(json.dumps(found), encoding="utf-8")
     distributed.finalize()
@@ -126,7 +149,8 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["vit_base", "vit_large"])
     parser.add_argument("--overlays", nargs="+", default=list(OVERLAYS), choices=list(OVERLAYS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    for name, value in (("batch", 64), ("steps", 20), ("rounds", 3), ("size", 224)):
+    parser.add_argument("--store", help="also measure with the images of a store or folder")
+    for name, value in (("batch", 64), ("steps", 20), ("rounds", 3), ("size", 224), ("workers", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     chosen = parser.parse_args()
     print("| encoder | overlay | processes | images/s | efficiency | of peak | memory |")
@@ -134,13 +158,13 @@ def main() -> None:
     for encoder in chosen.encoders:
         options = {**vars(chosen), "encoder": encoder}
         found = {processes: measure(options, processes) for processes in chosen.processes}
-        for name in chosen.overlays:
+        for row in found[chosen.processes[0]]:
             for processes in chosen.processes:
-                images, of_peak, memory = found[processes][name].values()
-                alone = found[1][name]["images"] if 1 in found else float("nan")
-                row = f"| {encoder} | {name} | {processes} | {images:.1f} | {images / alone / processes:.2f}"
+                images, of_peak, memory = found[processes][row].values()
+                alone = found[1][row]["images"] if 1 in found else float("nan")
                 shown = "" if math.isnan(memory) else f"{memory:.1f} GiB"
-                print(f"{row} | {of_peak:.2f} | {shown} |", flush=True)
+                cells = f"{encoder} | {row} | {processes} | {images:.1f} | {images / alone / processes:.2f}"
+                print(f"| {cells} | {of_peak:.2f} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

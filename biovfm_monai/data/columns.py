@@ -15,6 +15,7 @@ from torch import Tensor
 from biovfm_monai.data.mixture import Labels, subset
 from biovfm_monai.data.preprocessing import crop_of_degree, degree_of
 from biovfm_monai.data.store import Store
+from biovfm_monai.errors import InputError
 
 __all__ = ["Columns", "columns_of_items", "columns_of_store", "cut_degree", "least_size", "share_of"]
 
@@ -45,10 +46,15 @@ def columns_of_store(store: Store, crop_size: Sequence[int], zoom: float) -> Col
         deep = depth >= depths.astype(np.uint16)[store.degree]
         degrees[deep] = store.degree[deep]
         _note_thin(int((usable & ~deep).sum()), len(store))
+    size = " x ".join(map(str, crop_size))
+    if not usable.any():
+        raise InputError(
+            f"{store.path}: all {len(usable)} images are smaller than the crop {size}. Give a smaller --crop_size."
+        )
     if not usable.all():
         logger.warning(
             "%s: %d of %d images are smaller than the crop %s, and are left out", store.path, (~usable).sum(),
-            len(usable), " x ".join(map(str, crop_size)),
+            len(usable), size,
         )  # fmt: skip
     return Columns(source, modality, store.alike, degrees, usable)
 

@@ -463,6 +463,8 @@ def test_images_of_a_store_that_are_too_small_are_left_out_with_a_warning(store,
     assert len(crops) == 3
     assert "7 of 10 images are smaller than the crop 60 x 60" in caplog.text
     assert {crops[number]["modality"] for number in range(6)} == {"fundus"}
+    with pytest.raises(InputError, match=r"all 10 images are smaller than the crop 900 x 900\. Give a smaller"):
+        RandomCropDataset(Store(store), training_transform(1), (900, 900))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
