@@ -141,7 +141,7 @@ def same(out: Path, expected: Path) -> tuple[str, str]:
     """Whether two runs logged the same losses, and ended with the same weights, bit for bit."""
     (losses, weights), (wanted, of) = outcome(out), outcome(expected)
     equal = weights.keys() == of.keys() and all(torch.equal(weights[name], of[name]) for name in of)
-    return ("yes" if losses == wanted else "NO"), ("yes" if equal else "NO")
+    return ("equal" if losses == wanted else "DIFFERENT"), ("equal" if equal else "DIFFERENT")
 
 
 def main() -> None:

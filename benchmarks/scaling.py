@@ -71,7 +71,7 @@ def source_of(store: str | None, options: dict[str, Any], device: torch.device) 
     parser = ConfigParser()
     parser.read_config(str(shipped_folder("bundles") / "biovfm_mae_pretraining/configs/train.json"))
     given = {"dataset_dir": store, "batch_size": count, "steps_per_epoch": options["steps"], "img_size": size}
-    given |= {"crop_size": [3 * n // 2 for n in size], "num_workers": options["workers"]}
+    given |= {"crop_size": size, "num_workers": options["workers"]}
     parser.update(given)
     return parser.get_parsed_content("train#dataloader"), parser.get_parsed_content("views")
 
