@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 def imagined(method: SSLMethod) -> SSLMethod:
     """A copy of a method on the meta device, in training mode, whole where it is sharded, and without hooks.
 
-    Blocks that are computed anew in the backward pass are not in the copy. The method's weights are not copied.
+    Its blocks are neither compiled nor computed anew in the backward pass. The method's weights are not copied.
     """
     made: SSLMethod = _imagined(method, {}).train()
     return made
@@ -66,8 +66,9 @@ def _imagined(module: nn.Module, memo: dict[int, Any]) -> Any:
     for name, buffer in module._buffers.items():
         made._buffers[name] = None if buffer is None else memo.setdefault(id(buffer), _empty(buffer))
     for name, value in module.__dict__.items():
-        # What torch marks a sharded module with is for it alone.
-        if name not in made.__dict__ and name != "forward" and not name.startswith("__composable_api"):
+        # What torch marks a sharded module with is for it alone, and a compiled block is as it was.
+        own = name in made.__dict__ or name in ("forward", "_compiled_call_impl")
+        if not own and not name.startswith("__composable_api"):
             made.__dict__[name] = copy.deepcopy(value, memo)
     return made
 

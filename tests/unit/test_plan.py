@@ -147,13 +147,6 @@ def test_blocks_computed_anew_are_planned_with_less_memory_and_the_same_operatio
     assert anew.cost == plain.cost
 
 
-def test_the_copy_of_a_method_whose_blocks_are_computed_anew_is_of_its_own():
-    method, data = small_mae(), {"image": torch.empty(2, 1, 32, 32, device="meta"), "key": torch.arange(2)}
-    expected = flops_of(imagined(method), data)
-    parallel(method, "cpu", checkpointing="full")
-    assert flops_of(imagined(method), data) == expected
-
-
 def test_a_frozen_part_is_planned_without_gradients_and_states():
     method = small_mae()
     method.encoder.requires_grad_(False)
@@ -202,6 +195,13 @@ def test_the_largest_micro_batch_fits_and_one_image_more_does_not():
     assert make_plan([TRAIN], given, memory=room / 2**30).largest_micro_batch == 41
     assert make_plan([TRAIN], given, memory=(room - 1) / 2**30).largest_micro_batch == 40
     assert make_plan([TRAIN], given, memory=0.001).largest_micro_batch == 0
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": "full"}, {"compiled": True}], ids=str)
+def test_operations_of_a_method_in_training_do_not_depend_on_how_its_blocks_are_computed(options):
+    data = outlined({"image": torch.rand(2, 1, 32, 32), "key": torch.arange(2)})
+    plain = flops_of(imagined(small_mae()), data)
+    assert flops_of(imagined(parallel(small_mae(), "cpu", **options)), data) == plain
 
 
 def test_a_budget_gives_runs_of_different_size_the_same_operations():
