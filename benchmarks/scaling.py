@@ -163,7 +163,7 @@ def main() -> None:
                 images, of_peak, memory = found[processes][row].values()
                 alone = found[1][row]["images"] if 1 in found else float("nan")
                 shown = "" if math.isnan(memory) else f"{memory:.1f} GiB"
-                cells = f"{encoder} | {row} | {processes} | {images:.1f} | {images / alone / processes:.2f}"
+                cells = f"{encoder} | {row} | {processes} | {images:.3g} | {images / alone / processes:.2f}"
                 print(f"| {cells} | {of_peak:.2f} | {shown} |", flush=True)
 
 

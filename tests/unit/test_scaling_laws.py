@@ -90,6 +90,20 @@ def test_intervals_of_the_log_linear_law_are_students(rng):
     assert (low, high) == pytest.approx((line.slope - half, line.slope + half), abs=0.05 * half)
 
 
+def test_the_band_of_the_log_linear_law_is_students(rng):
+    x = np.geomspace(5, 300, 6)
+    y = 80 * x**0.02 * np.exp(0.01 * rng.standard_normal(6))
+    line, middle = linregress(np.log(x), np.log(y)), np.log(x).mean()
+    curve = {name: np.array(of) for name, of in fit_runs(x, y, "log-linear", draws=40_000)[1]["curve"].items()}
+    away = np.log(curve["x"]) - middle
+    at_middle = np.std(np.log(y) - line.intercept - line.slope * np.log(x), ddof=0) / 2  # sqrt(squares / 4 / 6)
+    half = t.ppf(0.975, 4) * np.hypot(at_middle, line.stderr * away)
+    assert np.log(curve["y"]) == pytest.approx(line.intercept + line.slope * np.log(curve["x"]))
+    for name, sign in (("low", -1), ("high", 1)):
+        assert np.log(curve[name] / curve["y"]) == pytest.approx(sign * half, rel=0.05)
+    assert curve["x"][[0, -1]] == pytest.approx([5, 300])
+
+
 def test_a_loss_is_fitted_as_its_mirror_image(rng):
     x = np.geomspace(5, 300, 6)
     loss = 10 * (x / 5) ** -0.5 + 3 + 0.3 * rng.standard_normal(6)

@@ -18,7 +18,6 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from biovfm_monai.evaluation.report.collect import Run
-from biovfm_monai.evaluation.scaling.fit import law_named
 
 __all__ = ["Shown", "curve_figures", "embedding_figure", "encode_picture", "scaling_figure"]
 
@@ -133,7 +132,7 @@ def embedding_figure(run: Run) -> Shown | None:
 
 
 def scaling_figure(table: pd.DataFrame, fit: dict[str, Any], rows: dict[str, pd.DataFrame]) -> Shown:
-    """Runs and fitted laws.
+    """Runs and fitted laws, with a band of 95 % at each size.
 
     Args:
         table: with a row per run.
@@ -142,25 +141,21 @@ def scaling_figure(table: pd.DataFrame, fit: dict[str, Any], rows: dict[str, pd.
     """
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
-    words, without = [], []
+    words = []
     for number, (label, of) in enumerate(fit["fits"].items()):
         x, y = (rows[label][fit[name]].to_numpy(float) for name in ("x", "y"))
-        style = _style(number)
+        style, curve = _style(number), of["curve"]
         axes.plot(x, y, **style | {"linestyle": "none"}, label=_plain(label))
-        values = np.array([[float(known["value"])] for known in of["parameters"].values()])
-        sizes = np.geomspace(x.min(), x.max(), 60)
-        try:
-            curve = law_named(of["law"], x, y, fit.get("perfect")).predict(sizes, values)[:, 0]
-        except ValueError:
-            without.append(label)
-        else:
-            axes.plot(sizes, curve, **style | {"marker": ""})
-        words.append(f"{label}: {len(x)} runs, {fit['y']} from {y.min():.4g} to {y.max():.4g}")
+        axes.plot(curve["x"], curve["y"], **style | {"marker": ""})
+        axes.fill_between(curve["x"], curve["low"], curve["high"], color=style["color"], alpha=0.15, linewidth=0)
+        ends = ", ".join(f"{curve[name][-1]:.4g}" for name in ("low", "high"))
+        law = f"{curve['y'][-1]:.4g} ({ends}) by the law at the largest size"
+        words.append(f"{label}: {len(x)} runs, {fit['y']} from {y.min():.4g} to {y.max():.4g}, {law}")
     axes.set(xscale="log", xlabel=_plain(fit["x"]), ylabel=_plain(fit["y"]))
     _finish(figure)
-    note = f"No line for {', '.join(without)}: the file does not say what score is perfect." if without else ""
     title = f"{fit['y']} over {fit['x']}, {len(table)} runs"
-    return Shown(title, _svg(figure), f"Points and fitted lines: {'; '.join(words)}.", note)
+    note = "Bands: 95 % of the law at each size, by the bootstrap of the intervals."
+    return Shown(title, _svg(figure), f"Points, fitted lines and bands: {'; '.join(words)}.", note)
 
 
 def encode_picture(image: Image.Image, budget: int) -> str | None:

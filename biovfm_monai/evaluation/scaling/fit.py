@@ -12,11 +12,12 @@ from scipy.stats import linregress
 from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.evaluation.scaling.laws import Law, LogLinear, PowerLaw, perfect_score
 
-__all__ = ["FittedLaw", "cross_validate", "fit_law", "fit_runs", "law_named", "limits", "trend_p_value"]
+__all__ = ["FittedLaw", "cross_validate", "fit_law", "fit_runs", "limits", "trend_p_value"]
 
 LEVEL = 0.95
 _FEW_SIZES = 5
 _NEAR_PERFECT = 0.01
+_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class FittedLaw:
             name: {"value": float(value), "interval": interval}
             for name, value, interval in zip(self.law.parameters, self.found, limits(self.draws), strict=True)
         }
+
+    def curve(self, x: np.ndarray) -> dict[str, list[float]]:
+        """Scores from the smallest to the largest of sizes: "x", "y", and "low" and "high", ends of 95 % at each."""
+        sizes = np.geomspace(x.min(), x.max(), _POINTS)
+        scores, draws = self.at(sizes)
+        low, high = zip(*limits(draws), strict=True)
+        return {"x": sizes.tolist(), "y": scores.tolist(), "low": list(low), "high": list(high)}
 
     def at(self, x: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores at sizes, and sizes x draws of them."""
@@ -152,8 +160,8 @@ def fit_runs(
         perfect, draws, seed: as in `law_named` and `fit_law`.
 
     Returns:
-        The law, and what is to be told: its "parameters" with intervals, "r2", "trend_p_value", "cross_validation"
-        (errors of left-out sizes, of the laws and of the "constant" mean), "warnings".
+        The law, and what is to be told: its "parameters" with intervals, its "curve", "r2", "trend_p_value",
+        "cross_validation" (errors of left-out sizes, of the laws and of the "constant" mean), "warnings".
 
     Raises:
         InputError: as they do, and on sizes that are not above 0, or numbers that are not finite.
@@ -170,7 +178,8 @@ def fit_runs(
     chosen = law or (min(known, key=known.__getitem__) if len(known) == 2 else "log-linear")
     fitted = fit_law(law_named(chosen, x, y, perfect), x, y, draws, seed)
     return fitted, {
-        "law": chosen, "runs": len(x), "sizes": len(np.unique(x)), "parameters": fitted.intervals(), "r2": fitted.r2,
+        "law": chosen, "runs": len(x), "sizes": len(np.unique(x)), "parameters": fitted.intervals(),
+        "curve": fitted.curve(x), "r2": fitted.r2,
         "trend_p_value": trend_p_value(x, y), "cross_validation": errors,
         "warnings": _warnings(fitted, x, y, perfect, unchosen=law is None and len(known) < 2),
     }  # fmt: skip
