@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from PIL import Image
 
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data import write_brain
+from biovfm_monai.evaluation.bundle import open_bundle
 from biovfm_monai.label import init_app
 from biovfm_monai.networks import spad_vit_tiny
 
@@ -30,6 +32,7 @@ pytestmark = [
 SEGMENT, CLASSIFY, EMBED, PRETRAIN = (
     "brain_mri_segmentation", "medmnist_classification", "image_embedding", "mri_mae_pretraining",
 )  # fmt: skip
+SEGMENT_2D = "nuclei_pathology_segmentation"
 WAIT = 600
 SMALL = {"steps_per_epoch": 2, "batch_size": 2, "img_size": [16, 16, 16], "crop_size": [16, 16, 16]}
 
@@ -84,9 +87,11 @@ def app(tmp_path_factory):
     return app
 
 
-@pytest.fixture(scope="module")
-def server(app, tmp_path_factory):
-    studies = tmp_path_factory.mktemp("studies")
+@contextmanager
+def serving(app, folder, modality):
+    """A server of an app for the images in a folder, until the end."""
+    studies = folder / "studies"
+    studies.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,8 +100,8 @@ def server(app, tmp_path_factory):
         "PYTHONPATH": str(Path(__file__).parents[2]), "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
     }  # fmt: skip
     arguments = ["start_server", "--app", app, "--studies", studies, "--host", "127.0.0.1", "--port", port]
-    command = [ENV / "bin/python", "-m", "monailabel.main", *arguments, "--conf", "modality", "mri"]
-    with (studies.parent / "server.log").open("wb") as log:
+    command = [ENV / "bin/python", "-m", "monailabel.main", *arguments, "--conf", "modality", modality]
+    with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
     try:
         server = Server(f"http://127.0.0.1:{port}")
@@ -107,6 +112,12 @@ def server(app, tmp_path_factory):
         process.terminate()
         process.wait(60)
         print(Path(log.name).read_text()[-8000:])  # noqa: T201
+
+
+@pytest.fixture(scope="module")
+def server(app, tmp_path_factory):
+    with serving(app, tmp_path_factory.mktemp("server"), "mri") as server:
+        yield server
 
 
 def wait_for(server, process, log):
@@ -199,11 +210,50 @@ def test_the_next_sample_is_the_farthest_by_embedding_or_the_least_sure(server, 
     assert 0 < unsure["weight"] <= 1
 
 
+def test_pictures_are_segmented_on_their_own_pixels_and_trained_on(tmp_path):
+    app = init_app(tmp_path / "app", [SEGMENT_2D])
+    weights = app / "model" / SEGMENT_2D / "models/model.pt"
+    save_random_weights(app / "model" / SEGMENT_2D)
+    rng = np.random.default_rng(0)
+    true = np.zeros((120, 150), np.uint8)
+    true[30:90, 20:70] = 255
+    with serving(app, tmp_path, "pathology") as server:
+        for number in range(2):
+            picture = rng.integers(150, 255, (120, 150, 3), np.uint8)
+            picture[true > 0] //= 2
+            image = server.get("put", "/datastore/", files={"file": (f"cells{number}.png", png(picture))}).json()[
+                "image"
+            ]
+            part = {"label": (f"cells{number}.png", png(true))}
+            server.get("put", f"/datastore/label?image={image}&tag=final", files=part)
+        first = segmented(server, image)
+        assert first.shape == true.shape
+        was = weights.read_bytes()
+        server.get("post", f"/train/{SEGMENT_2D}?run_sync=true", json={"max_epochs": 2, "device": "cpu"})
+        assert weights.read_bytes() != was
+        after = segmented(server, image)
+        assert (after != first).any()
+        (path,) = server.studies.glob(f"{image}.*")
+        here = open_bundle(app / "model" / SEGMENT_2D)({"image": str(path), "modality": "pathology"})["pred"]
+        # MONAI's axes of a picture are its columns and rows.
+        np.testing.assert_array_equal(after, here[0].numpy().squeeze().T)
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def segmented(server, image):
+    answer = server.get("post", f"/infer/{SEGMENT_2D}?image={image}&output=image")
+    return np.asarray(Image.open(io.BytesIO(answer.content)))
+
+
 def test_an_uploaded_picture_is_classified(server):
-    picture = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28, 3), np.uint8)).save(picture, "png")
+    picture = png(np.random.default_rng(0).integers(0, 255, (28, 28, 3), np.uint8))
     answer = server.get(
-        "post", f"/infer/{CLASSIFY}?output=json", files={"file": ("cell.png", picture.getvalue())},
+        "post", f"/infer/{CLASSIFY}?output=json", files={"file": ("cell.png", picture)},
         data={"params": json.dumps({"modality": "microscopy"})},
     )  # fmt: skip
     prediction = answer.json()["prediction"]
