@@ -10,11 +10,12 @@ from biovfm_monai.engines.overlays import OverlayHandler, draw_overlay
 from biovfm_monai.engines.pictures import ReconstructionHandler
 from biovfm_monai.engines.plan import Plan, make_plan, measured_rate
 from biovfm_monai.engines.plan_report import plan_cells, report_plans, table_of
+from biovfm_monai.engines.precision import fast_precision
 from biovfm_monai.engines.profiling import ProfileHandler
 from biovfm_monai.engines.progress import ProgressHandler
 from biovfm_monai.engines.resume import StateHandler
 from biovfm_monai.engines.schedules import WarmupCosine, parameter_groups, scaled_rate
-from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents, fast_precision
+from biovfm_monai.engines.trainer import PretrainingTrainer, StepEvents
 from biovfm_monai.engines.usage import machine_memory
 
 __all__ = [

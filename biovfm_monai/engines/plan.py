@@ -16,7 +16,7 @@ from torch import nn
 from biovfm_monai.engines.budget import epochs_within
 from biovfm_monai.engines.cost import Cost, blank_batch, cost_of, imagined
 from biovfm_monai.engines.memory import Memory, memory_of
-from biovfm_monai.engines.trainer import DTYPES
+from biovfm_monai.engines.precision import autocast_dtype
 from biovfm_monai.errors import InputError, require_within
 
 __all__ = ["Plan", "make_plan", "measured_rate"]
@@ -99,8 +99,7 @@ def make_plan(
             "--sharding full, --processes as many as its devices, and its part of --batch_size."
         )
     precision, device = _made(parser, "precision"), torch.device(_made(parser, "device")).type
-    if precision not in DTYPES:
-        raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(DTYPES)}.")
+    dtype = autocast_dtype(precision)
     cost = cost_of(method, blank_batch(method, views, crop_size, micro), micro)
     # What blocks compute anew is in the memory, and not in the cost.
     parser["method"], parser["network#device"], parser["network#compiled"] = method, "meta", False
@@ -110,7 +109,7 @@ def make_plan(
         make = partial(blank_batch, method, views, crop_size, count)
         # DDP's buffers of gradients are there all the time.
         gradients_stay = accumulation > 1 or processes > parts
-        return memory_of(method, make, optimizer, DTYPES[precision], device, gradients_stay, parts)
+        return memory_of(method, make, optimizer, dtype, device, gradients_stay, parts)
 
     parts = 1 if sharding == "none" else processes
     budget, steps = _made(parser, "budget"), _made(parser, "steps_per_epoch")

@@ -20,28 +20,14 @@ from torch.optim import Optimizer
 
 from biovfm_monai import distributed
 from biovfm_monai.data import GlobalBatchSampler
+from biovfm_monai.engines.precision import autocast_dtype
 from biovfm_monai.engines.settings import settings_of
 from biovfm_monai.errors import InputError, NonFiniteLossError
 from biovfm_monai.methods import SSLMethod
 from biovfm_monai.networks import SoftTokenizer, ViT
 from biovfm_monai.parallelism import Sharded, inner, whole
 
-__all__ = ["PretrainingTrainer", "StepEvents", "fast_precision"]
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def fast_precision(device: torch.device | str) -> str:
-    """The precision that is fast on a device: "bf16" where the hardware multiplies it, else "fp32".
-
-    CPUs without such instructions emulate bf16, ten times slower than fp32.
-    """
-    if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():  # a plan for elsewhere
-            return "bf16"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+__all__ = ["PretrainingTrainer", "StepEvents"]
 
 
 class StepEvents(EventEnum):
@@ -100,15 +86,13 @@ class PretrainingTrainer(SupervisedTrainer):
         schedules: Mapping[str, Callable[[float], float]] | None = None,
         seed: int = 0,
     ) -> None:
-        if precision not in DTYPES:
-            raise InputError(f"precision {precision!r} is unknown. Give one of {', '.join(DTYPES)}.")
+        self.dtype = autocast_dtype(precision)
         device = torch.device(device)
         if precision == "fp16" and device.type != "cuda":
             raise InputError(f"precision 'fp16' needs a CUDA GPU, the device is {device}. Give --precision bf16.")
         if not isinstance(max_epochs, int) or max_epochs < 1:
             raise InputError(f"max_epochs {max_epochs!r} must be a whole number above 0. Correct --max_epochs.")
         _require_length(train_data_loader, epoch_length)
-        self.dtype = DTYPES[precision]
         self.loss_scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.clip_norm = clip_norm
         self.schedules = dict(schedules or {})
