@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from biovfm_monai.anisotropy import check_spacing
 from biovfm_monai.errors import InputError, require_within
-from biovfm_monai.networks.decoders import Decoder, LightDecoder
+from biovfm_monai.networks.decoders import Decoder, LightDecoder, LinearDecoder, UNETRDecoder
 from biovfm_monai.networks.heads import as_slices
 from biovfm_monai.networks.vit import ViT
 
 __all__ = ["DeepSupervision", "Segmenter"]
+
+_DECODERS = {"linear": LinearDecoder, "light": LightDecoder, "unetr": UNETRDecoder}
 
 
 class Segmenter(nn.Module):
@@ -26,25 +28,25 @@ class Segmenter(nn.Module):
     Args:
         encoder: fresh, or from `load_encoder` or `encoder_to_finetune`; its in_channels are the network's.
         out_channels: classes, the background included.
-        decoder: made for the encoder; None for `LightDecoder(encoder)`.
+        decoder: made for the encoder, or "linear", "light" or "unetr" for one with its own defaults.
         spacing: mm along depth, height and width of all volumes, for those that carry no geometry of their own, such as
             the windows of a sliding one; None to do as `ViT.patchify`.
 
     Raises:
-        InputError: on no class, or as `check_spacing`.
+        InputError: on no class, an unknown decoder or one that the encoder cannot have, or as `check_spacing`.
     """
 
     def __init__(
         self,
         encoder: ViT,
         out_channels: int,
-        decoder: Decoder | None = None,
+        decoder: Decoder | str = "light",
         spacing: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         require_within(1, whole=True, out_channels=out_channels)
         self.encoder, self.out_channels = encoder, out_channels
-        self.decoder = LightDecoder(encoder) if decoder is None else decoder
+        self.decoder = _made(decoder, encoder)
         self.spacing: list[float] | None = None if spacing is None else [float(value) for value in spacing]
         if self.spacing is not None:
             check_spacing(self.spacing)
@@ -119,3 +121,12 @@ class DeepSupervision(nn.Module):
 
 def _plain(image: Tensor) -> Tensor:
     return image.as_tensor() if isinstance(image, MetaTensor) else image
+
+
+def _made(decoder: Decoder | str, encoder: ViT) -> Decoder:
+    if isinstance(decoder, Decoder):
+        return decoder
+    if decoder not in _DECODERS:
+        raise InputError(f"decoder {decoder!r} is unknown. Give one of {', '.join(_DECODERS)}.")
+    made: Decoder = _DECODERS[decoder](encoder)
+    return made

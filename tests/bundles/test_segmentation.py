@@ -201,6 +201,9 @@ def test_a_pretrained_encoder_is_what_training_begins_with_and_stays_so_while_fr
     assert changed
     assert all(name.endswith((".qkv.weight", ".proj.weight")) and ".attn." in name for name in changed)
     run(root, "evaluate", dataset_dir=str(subjects), encoder_path=str(encoder_path))
+    run(root, "train", decoder="unetr", **options)
+    assert "decoder.merges.0.first" in "".join(torch.load(root / "models/model.pt", weights_only=True)["model"])
+    run(root, "evaluate", dataset_dir=str(subjects), encoder_path=str(encoder_path), decoder="unetr")
 
 
 def test_overrides_as_monai_label_makes_them_go_on_from_the_weights(trained, subjects, tmp_path):

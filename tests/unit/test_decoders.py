@@ -149,6 +149,7 @@ def test_deep_supervision_trains_a_head_at_each_level(make, kind):
         (lambda: UNETRDecoder(encoder(), width=12), "multiple of 8"),
         (lambda: UNETRDecoder(vit_tiny(1, (32, 32), 16, depth=2)), r"too few for the 4 taps.*LightDecoder"),
         (lambda: Segmenter(encoder(), 0), "out_channels 0"),
+        (lambda: Segmenter(encoder(), 2, "unet"), "decoder 'unet' is unknown. Give one of linear, light, unetr"),
         (lambda: Segmenter(encoder(), 2, spacing=[1, 1, 2]), "mm high"),
         (lambda: DeepSupervision(segmenter(LinearDecoder)), "levels 2"),
         (lambda: AttentivePool(48, 5), "num_heads 5 must divide"),
