@@ -33,7 +33,7 @@ def probe(
             such as ct,mri, whose images are used.
         probes: of knn, linear, logistic, retrieval and attentive.
         img_size: to which images are fitted, such as [224,224]; without it the encoder's own.
-        cache: folder where features are kept; of attentive the tokens are not.
+        cache: folder where scores and features are kept; of attentive the tokens are not.
         device: such as cuda.
         batch_size: images that are embedded at a time; more than one only where all come in one size.
         seed: of the untrained weights, the linear and attentive probe, and the intervals.
@@ -42,7 +42,7 @@ def probe(
     from biovfm_monai.evaluation.benchmarks import open_benchmark  # noqa: PLC0415
 
     names, data = [probes] if isinstance(probes, str) else list(probes), open_benchmark(str(benchmark), task, modality)
-    run = Probe(encoder, data, names, img_size, cache, device, batch_size, seed=seed, output_path=out)
+    run = Probe(encoder, data, names, img_size, cache, device=device, batch_size=batch_size, seed=seed, output_path=out)
     return probe_listing(run.run())
 
 

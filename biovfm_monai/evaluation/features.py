@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch.utils.data import Subset
 from biovfm_monai.engines import machine_memory
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import embed
-from biovfm_monai.files import version_of, write_atomically
+from biovfm_monai.files import version_of, write_atomically, write_json
 from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import as_slices
 
 __all__ = [
-    "PooledFeatures", "Tokens", "cached_features", "check_features", "describe_items", "require_room",
+    "PooledFeatures", "Tokens", "cached_features", "cached_scores", "check_features", "describe_items", "require_room",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,7 @@ def cached_features(
     """
     if folder is None:
         return check_features(embed(network, images, device, batch_size))
-    written = json.dumps(dict(key), sort_keys=True)
-    path = Path(folder) / f"{hashlib.sha256(written.encode()).hexdigest()[:32]}.safetensors"
+    written, path = _kept(key, folder, "safetensors")
     if path.exists():
         with safe_open(path, "np") as file:
             if (file.metadata() or {}).get("key") == written:
@@ -155,6 +154,35 @@ def cached_features(
     with write_atomically(path) as draft:
         save_file({"features": features}, draft, {"key": written})
     return features
+
+
+def cached_scores(
+    compute: Callable[[], dict[str, Any]], key: Mapping[str, Any], folder: str | Path | None
+) -> dict[str, Any]:
+    """Scores, computed once for each key.
+
+    Args:
+        compute: makes them.
+        key: what they depend on: as of `cached_features`, and the probes.
+        folder: where they are kept, as a .json file named by the key's hash; None to compute them anew.
+    """
+    if folder is None:
+        return compute()
+    written, path = _kept(key, folder, "json")
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] == written:
+            logger.info("%s: scores of an earlier run are used", path)
+            return dict(kept["scores"])
+    scores = compute()
+    write_json(path, {"key": written, "scores": scores})
+    return scores
+
+
+def _kept(key: Mapping[str, Any], folder: str | Path, ending: str) -> tuple[str, Path]:
+    """A key in full, and the file for what belongs to it."""
+    written = json.dumps(dict(key), sort_keys=True)
+    return written, Path(folder) / f"{hashlib.sha256(written.encode()).hexdigest()[:32]}.{ending}"
 
 
 def check_features(features: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from monai.data import Dataset
 from torch import nn
 
-from biovfm_monai.checkpoints import build_encoder, load_encoder
+from biovfm_monai import __version__
+from biovfm_monai.checkpoints import build_encoder, encoder_info, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.attentive import attentive_probe
 from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
@@ -22,6 +24,7 @@ from biovfm_monai.evaluation.features import (
     PooledFeatures,
     Tokens,
     cached_features,
+    cached_scores,
     check_features,
     describe_items,
     require_room,
@@ -120,7 +123,9 @@ class Probe:
         benchmark: such as `benchmarks.medmnist` gives.
         probes: of knn, linear, logistic, retrieval and attentive.
         img_size: to which images are fitted; None for the encoder's own.
-        cache_dir: folder where features are kept, but no tokens; None to make them anew.
+        cache_dir: folder where scores and features are kept, but no tokens; None to make them anew. Scores of the
+            controls serve all encoders of one architecture and preprocessing.
+        keep_features: keep them, which may take as much room as the images; else scores only.
         device: where the encoder, the linear and the attentive probe run.
         batch_size: images that are embedded at a time; more than one only where all come in one size.
         draws: of the bootstrap over patients.
@@ -138,6 +143,7 @@ class Probe:
         probes: Sequence[str] = PROBES,
         img_size: Sequence[int] | None = None,
         cache_dir: str | Path | None = None,
+        keep_features: bool = True,
         device: torch.device | str = "cpu",
         batch_size: int = 1,
         draws: int = 1000,
@@ -145,7 +151,12 @@ class Probe:
         output_path: str | Path | None = None,
     ) -> None:
         self.encoder_path, self.benchmark, self.labels = Path(encoder_path), benchmark, benchmark.labels()
-        self.probes, self.img_size, self.cache_dir = list(probes), img_size, cache_dir
+        self.probes, self.img_size, self.cache_dir = (
+            list(probes),
+            None if img_size is None else list(img_size),
+            cache_dir,
+        )
+        self.feature_dir = cache_dir if keep_features else None
         self.device, self.batch_size = device, batch_size
         self.draws, self.seed, self.output_path = draws, seed, output_path
         require_probes(self.probes, benchmark.task)
@@ -164,15 +175,27 @@ class Probe:
         }
         with self.encoder_path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
+        info = encoder_info(self.encoder_path)
+        key = {part: info[part] for part in ("network", "preprocessing")}
+        key |= {"version": __version__, "torch": torch.__version__, "img_size": self.img_size}
+        own: dict[str, dict[str, Any]] = {"encoder": {"weights": weights}, "random_init": {"init": self.seed}}
         transform = transform_of(self.encoder_path, self.img_size)
         data = {part: Dataset(list(self.benchmark.parts[part]), transform) for part in PARTS}
         if "attentive" in self.probes:
             for _, tokens in contenders.values():
                 require_room(tokens, [*data.values()], self.device)
+        described = {part: describe_items(self.benchmark.parts[part]) for part in PARTS}
+        probing = {
+            "probes": self.probes, "task": self.benchmark.task, "classes": self.benchmark.num_classes,
+            "draws": self.draws, "seed": self.seed, "parts": described,
+        }  # fmt: skip
         scores = {}
         for name, networks in contenders.items():
-            key = {"encoder": weights, "contender": name, "seed": self.seed if name == "random_init" else None}
-            scores[name] = self._scored(name, *networks, data, key)
+            of = {**key, "contender": name, **own.get(name, {})}
+            compute = partial(
+                self._scored, name, *networks, data, {part: {**of, "data": described[part]} for part in PARTS}
+            )
+            scores[name] = cached_scores(compute, {**of, **probing}, self.cache_dir)
         result = {"benchmark": self.benchmark.about(), "encoder": str(self.encoder_path), "scores": scores}
         for warning in self.benchmark.warnings:
             logger.warning("%s", warning)
@@ -186,13 +209,13 @@ class Probe:
         pooled: nn.Module,
         tokens: Tokens,
         data: Mapping[str, Dataset],
-        key: Mapping[str, Any],
+        keys: Mapping[str, Mapping[str, Any]],
     ) -> dict[str, Any]:
         benchmark, found = self.benchmark, {}
         chosen: dict[str, Chosen | Retrieved] = {}
         if of_vectors := [probe for probe in self.probes if probe != "attentive"]:
             chosen |= probe_features(
-                self._features(pooled, data, key), self.labels, benchmark.num_classes, benchmark.task, of_vectors,
+                self._features(pooled, data, keys), self.labels, benchmark.num_classes, benchmark.task, of_vectors,
                 self.seed, self.device,
             )  # fmt: skip
         if "attentive" in self.probes:
@@ -213,13 +236,13 @@ class Probe:
         return found
 
     def _features(
-        self, network: nn.Module, data: Mapping[str, Dataset], key: Mapping[str, Any]
+        self, network: nn.Module, data: Mapping[str, Dataset], keys: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, list[np.ndarray]]:
         """Each pooling's features of the parts."""
-        size, parts = None if self.img_size is None else list(self.img_size), []
-        for part, images in data.items():
-            full = {**key, "data": describe_items(self.benchmark.parts[part]), "img_size": size}
-            parts.append(cached_features(network, images, full, self.cache_dir, self.device, self.batch_size))
+        parts = [
+            cached_features(network, images, keys[part], self.feature_dir, self.device, self.batch_size)
+            for part, images in data.items()
+        ]
         poolings = getattr(network, "poolings", {"pixels": slice(None)})
         return {pooling: [part[:, columns] for part in parts] for pooling, columns in poolings.items()}
 

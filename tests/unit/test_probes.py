@@ -18,7 +18,7 @@ from biovfm_monai import cli
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data.datalist import write_datalist
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import Probe, RawPixels, knn_accuracy, probe_features
+from biovfm_monai.evaluation import Probe, RawPixels, features, knn_accuracy, probe_features
 from biovfm_monai.evaluation.attentive import attentive_probe, train_attentive
 from biovfm_monai.evaluation.benchmarks import Benchmark, dataset, medmnist
 from biovfm_monai.evaluation.embed import embed
@@ -298,6 +298,33 @@ def test_features_with_nan_and_constant_ones_are_refused(value, message, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_scores_of_the_controls_serve_all_encoders_of_one_architecture(tmp_path, rng, encoder_file, monkeypatch):
+    def encoder_of(seed, depth):
+        torch.manual_seed(seed)
+        path = tmp_path / f"{seed}_{depth}.safetensors"
+        save_encoder(ViT(1, (28, 28), 7, embed_dim=24, depth=depth, num_heads=2), path, {"mean": 0.5, "std": 0.25})
+        return path
+
+    made = []
+    monkeypatch.setattr(features, "embed", lambda network, *given: made.append(network) or embed(network, *given))
+    task, cache = medmnist(archive(tmp_path, rng)), tmp_path / "cache"
+    first = Probe(encoder_file, task, ["knn"], cache_dir=cache, keep_features=False).run()["scores"]
+    assert (len(made), len(list(cache.iterdir()))) == (3 * 3, 3)
+    assert Probe(encoder_file, task, ["knn"], cache_dir=cache, keep_features=False).run()["scores"] == first
+    assert len(made) == 9
+    other = Probe(encoder_of(1, 2), task, ["knn"], cache_dir=cache, keep_features=False).run()["scores"]
+    assert len(made) == 9 + 3
+    assert other["random_init"] == first["random_init"]
+    assert other["raw_pixels"] == first["raw_pixels"]
+    assert other["encoder"] != first["encoder"]
+    Probe(encoder_of(1, 1), task, ["knn"], cache_dir=cache, keep_features=False).run()
+    assert len(made) == 9 + 3 + 9
+    changes = ({"seed": 1}, {"draws": 10}, {"img_size": (14, 14)}, {"probes": ["retrieval"]})
+    for number, changed in enumerate(changes, 1):
+        Probe(encoder_file, task, **{"probes": ["knn"], "cache_dir": cache, "keep_features": False, **changed}).run()
+        assert len(made) == 9 + 3 + 9 + 9 * number
+
+
 def test_raw_pixels_of_large_images_are_averages():
     image = torch.arange(64.0).view(1, 1, 8, 8)
     assert torch.equal(RawPixels(2, 16)(image), torch.nn.functional.avg_pool2d(image, 2).flatten(1))
@@ -322,7 +349,7 @@ def test_the_command_scores_an_archive_beside_its_controls_and_says_that_it_is_n
             low, high = of["intervals"]["auc"]
             assert low <= of["auc"] <= high
             assert of["auc"] > 0.7
-    assert len(list((tmp_path / "c").iterdir())) == 9
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 9
     assert f"AUC {result['scores']['encoder']['linear']['auc']:.4f}" in told
 
 

@@ -72,7 +72,7 @@ def calls(monkeypatch):
         if any(word in made[-1] for word in made.broken):
             log.write(b"Traceback\nerror: it is broken. Mend it.\n")
             return 1
-        done = run_python(command, Path.cwd())
+        done = run_python(["-m", *command], Path.cwd())
         log.write((done.stdout + done.stderr).encode())
         return done.returncode
 
@@ -114,6 +114,8 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
         ({"seed": [1]}, "seed mean.s. nothing; known are bundle, settings"),
         ({"benchmarks": {"a": "/nowhere"}}, "benchmarks, a: /nowhere: no such folder"),
         ({"benchmarks": {"a": {"task": "x"}}}, "benchmarks, a: .* must be a path, or an object with path"),
+        ({"benchmarks": {"a": {"path": ".", "probes": "voxels"}}}, "a: .*with probes voxels, give path and modality"),
+        ({"benchmarks": {"a": {"path": "/no", "probes": "voxels", "modality": "ct"}}}, "benchmarks, a: /no: has neither"),
         ({"settings": 3}, "settings must be an object"),
     ],
 )
@@ -147,9 +149,10 @@ def test_a_plan_has_a_line_for_each_run_and_one_for_all(study):
 
 
 def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp_path):
+    several = {"path": str(images), "probes": ["knn", "linear", "retrieval"]}
     one = {
         "seeds": [0],
-        "benchmarks": {"brightness": {"path": str(images), "probes": ["knn", "linear", "retrieval"]}},
+        "benchmarks": {"brightness": several, "linear only": {"path": str(images), "probes": "linear"}},
         "fractions": [0.5],
     }
     path, out = study(**one), tmp_path / "my results"
@@ -168,18 +171,18 @@ def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp
     assert len(calls) == 2 * 2
     assert not any("mae_24" in call for call in calls)
     rows = pd.read_parquet(table)
-    assert len(rows) == 3 * 3
+    assert len(rows) == 3 * (3 + 1)
     assert not rows.duplicated(["run", "task", "protocol"]).any()
     found = rows[rows["protocol"] == "retrieval probe"].filter(regex="average_precision|precision_at")
     assert len(found) == 3
     assert len(found.columns) == 4 + 2
     assert found.stack().between(0, 1).all()
     probed = rows[rows["protocol"].isin(["knn probe", "linear probe"])]
-    assert len(probed) == 3 * 2
+    assert len(probed) == 3 * 3
     assert probed[["auc", "accuracy", "random_init_auc", "raw_pixels_auc"]].stack().between(0, 1).all()
     assert (rows["samples"] == 24).all()
     assert (rows["images"] == 5).all()
-    for run, row in zip(read_study(path), rows[::3].to_dict("records"), strict=True):
+    for run, row in zip(read_study(path), rows[::4].to_dict("records"), strict=True):
         assert row["flops"] == pytest.approx(run.plan().flops)
         assert row["encoder_parameters"] == run.plan().encoder_parameters
         assert row["seconds"] > 0
@@ -218,6 +221,25 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
         assert steps == list(range(1, 31))
         assert encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"] == 120
     assert list(rows["samples"]) == [120, 120]
+
+
+def test_what_encoders_say_of_voxels_is_a_row_of_a_study(study, calls, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        mask = np.zeros((32, 32), np.uint8)
+        row, column = rng.integers(0, 20, 2)
+        mask[row : row + 12, column : column + 12] = 1
+        for kind, of in (("images", 150 * mask + rng.integers(0, 90, mask.shape)), ("labels", mask)):
+            (tmp_path / "squares" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(of.astype(np.uint8)).save(tmp_path / "squares" / kind / f"{number}.png")
+    squares = {"path": str(tmp_path / "squares"), "probes": "voxels", "modality": "xray"}
+    path = study(presets={"24": WIDTHS["24"]}, seeds=[0], benchmarks={"squares": squares})
+    table, failed = run_study(path, tmp_path / "out")
+    assert failed == {}
+    (row,) = pd.read_parquet(table).to_dict("records")
+    assert (row["task"], row["protocol"]) == ("squares", "voxels probe")
+    assert row["dice"] > 0.7
+    assert row["raw_pixels_dice"] > 0.7
 
 
 def test_subsets_of_several_modalities_are_runs_with_the_images_of_each(study, calls, images, tmp_path):

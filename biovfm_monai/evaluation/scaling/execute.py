@@ -19,6 +19,7 @@ from biovfm_monai.data.columns import share_of
 from biovfm_monai.errors import InputError, reason_of, require_within
 from biovfm_monai.evaluation.probe import HEADLINES
 from biovfm_monai.evaluation.scaling.launch import alone, gpu, launched
+from biovfm_monai.evaluation.scaling.score import ENCODER, RUN, scores_file
 from biovfm_monai.evaluation.scaling.study import FRACTION, StudyRun, read_study
 from biovfm_monai.files import write_atomically, write_json
 
@@ -27,7 +28,7 @@ __all__ = ["finish_run", "run_study"]
 logger = logging.getLogger(__name__)
 
 # In a folder of their own, so that a report does not take them for scores.
-_RUN, _SETTINGS, _TRAINED = "study/run.json", "study/settings.json", "study/trained.json"
+_SETTINGS, _TRAINED = "study/settings.json", "study/trained.json"
 
 
 def run_study(
@@ -72,25 +73,29 @@ def run_study(
 def finish_run(folder: Path) -> str | None:
     """Do what a run still lacks; the reason why that failed, if it did."""
     try:
-        return _finished(folder, json.loads((folder / _RUN).read_text(encoding="utf-8")))
+        return _finished(folder, json.loads((folder / RUN).read_text(encoding="utf-8")))
     except (OSError, KeyError, ValueError) as error:
         return reason_of(error)
 
 
 def _finished(folder: Path, run: Mapping[str, Any]) -> str | None:
     with alone(folder / ".lock") as lock, gpu(folder.parent.parent) as device:
-        for file, command in _commands(folder, run, "cpu" if device is None else "cuda"):
-            if not (folder / file).exists() and (reason := _failure(folder, command, lock, device)):
+        if not (folder / _TRAINED).exists():
+            files = [*run["files"], str(folder / _SETTINGS)]
+            train = ["monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(folder)]
+            if reason := _failure(folder, [*train, "--resume", "True"], lock, device):
                 return reason
-            if file == _TRAINED:
-                _note_training(folder, run)
-    return None
+            _note_training(folder, run)
+        if all((folder / scores_file(name)).exists() for name in run["benchmarks"]):
+            return None
+        score = ["biovfm_monai.evaluation.scaling.score", str(folder), "cpu" if device is None else "cuda"]
+        return _failure(folder, score, lock, device)
 
 
 def _prepared(run: StudyRun, folder: Path) -> Path:
     """Write down what a run is, once; what is planned of it becomes part of its rows."""
     given = {"files": list(run.files), "settings": run.settings, "benchmarks": run.benchmarks}
-    path = folder / _RUN
+    path = folder / RUN
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         _require_same(path, known, json.loads(json.dumps(given)))
@@ -115,25 +120,8 @@ def _require_same(path: Path, known: Mapping[str, Any], given: Mapping[str, Any]
         raise InputError(f"{path}: this run was begun otherwise: {'; '.join(differ)}. Give another --out, or undo it.")
 
 
-def _commands(folder: Path, run: Mapping[str, Any], device: str) -> Iterator[tuple[str, list[str]]]:
-    """Files that a run leaves, in order, and the arguments of Python that make them."""
-    files = [*run["files"], str(folder / _SETTINGS)]
-    train = ["-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(folder), "--resume", "True"]
-    yield _TRAINED, train
-    encoder = str(folder / "models/encoder.safetensors")
-    for name, given in run["benchmarks"].items():
-        options = {**given, "device": device, "cache": str(folder / "features"), "out": str(folder / _scores(name))}
-        path = options.pop("path")
-        probe = ["-m", "biovfm_monai.cli", "probe", path, encoder]
-        yield _scores(name), [*probe, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
-
-
-def _scores(benchmark: str) -> str:
-    return f"probe_{benchmark}.json"
-
-
 def _failure(folder: Path, command: Sequence[str], lock: IO[str], device: str | None) -> str | None:
-    """Run Python, and say what went wrong, if anything did. What it prints goes to log.txt."""
+    """Run a module, and say what went wrong, if anything did. What it prints goes to log.txt."""
     path = folder / "log.txt"
     with path.open("ab") as log:
         begun = log.tell()
@@ -149,21 +137,19 @@ def _failure(folder: Path, command: Sequence[str], lock: IO[str], device: str | 
 
 
 def _call(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], lock: IO[str]) -> int:
-    """Run Python on; it holds the lock, too, so that it is waited for if this process is killed."""
+    """Run a module; it holds the lock, too, so that it is waited for if this process is killed."""
     held = [lock.fileno()]
     return subprocess.run(  # noqa: S603 - our own
-        [sys.executable, *command], stdout=log, stderr=log, env=environment, pass_fds=held, check=False
+        [sys.executable, "-m", *command], stdout=log, stderr=log, env=environment, pass_fds=held, check=False
     ).returncode
 
 
 def _note_training(folder: Path, run: Mapping[str, Any]) -> None:
     """Keep what the training took and found."""
-    if (folder / _TRAINED).exists():
-        return
     lines = [json.loads(line) for line in (folder / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()]
     # A run that was killed has lost the line of its last steps, so time is by the samples that have one.
     logged = sum(line["seconds"] * line["images_per_second"] for line in lines)
-    samples = encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"]
+    samples = encoder_info(folder / ENCODER)["training"]["samples_seen"]
     found = {
         "images": _images(folder, run), "samples": samples, "flops": samples * run["flops_per_image"],
         "loss": lines[-1]["loss"], "seconds": samples * sum(line["seconds"] for line in lines) / logged,
@@ -184,12 +170,12 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     """What a run found, if it is finished."""
     if not (folder / _TRAINED).exists():
         return
-    run, trained = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_RUN, _TRAINED))
+    run, trained = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN, _TRAINED))
     row = {"run": folder.name, **run["about"], "encoder_parameters": run["encoder_parameters"], **trained}
     if not run["benchmarks"]:
         yield row
     for task in run["benchmarks"]:
-        path = folder / _scores(task)
+        path = folder / scores_file(task)
         if path.exists():
             scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
             for probe, of in scores["encoder"].items():

@@ -14,8 +14,7 @@ from typing import Any
 from biovfm_monai import networks
 from biovfm_monai.engines import Plan, make_plan, measured_rate, plan_cells, table_of
 from biovfm_monai.errors import InputError, reason_of, require_within
-from biovfm_monai.evaluation.benchmarks import open_benchmark
-from biovfm_monai.evaluation.probe import require_probes
+from biovfm_monai.evaluation.scaling.score import require_benchmark
 from biovfm_monai.shipped import shipped_folder
 
 __all__ = ["FRACTION", "StudyRun", "plan_study", "read_study"]
@@ -23,7 +22,6 @@ __all__ = ["FRACTION", "StudyRun", "plan_study", "read_study"]
 FRACTION = "train#dataset#fraction"
 _AXES = {"methods": "method", "presets": "preset", "modalities": "modality", "fractions": "fraction", "seeds": "seed"}
 _KEYS = ("bundle", "settings", "benchmarks", *_AXES)
-_PROBE = ("path", "task", "modality", "probes", "img_size", "batch_size")
 _DEFAULT: dict[str, Any] = {"fractions": [1], "modalities": ["all"], "seeds": [0]}
 
 
@@ -35,7 +33,7 @@ class StudyRun:
         about: method, preset, modality, fraction and seed: columns of its rows.
         files: the bundle's train.json, and the method's overlay.
         settings: keys of the configuration -> values, which go on top of them.
-        benchmarks: name -> options of `biovfm probe` that its encoder is scored with.
+        benchmarks: name -> what its encoder is scored on, as from `require_benchmark`.
     """
 
     about: Mapping[str, Any]
@@ -65,7 +63,7 @@ def read_study(path: str | Path) -> list[StudyRun]:
 
     The file is JSON with "bundle" (name of a shipped one, or a folder), "settings" (keys of its train.json -> values,
     for all runs), "methods" (overlays), "presets" (of `biovfm_monai.networks`), "fractions" of the images, "modalities"
-    ("all", or the one that is used), "seeds", and "benchmarks" (name -> path, or options of `biovfm probe`). Methods,
+    ("all", or the one that is used), "seeds", and "benchmarks" (name -> as `require_benchmark` takes it). Methods,
     presets and modalities may be an object, name -> settings of its own; a preset or modality then may have any name,
     and of modalities it may be name -> list of those that are used, null for all.
 
@@ -185,19 +183,8 @@ def _meant(path: str | Path, axis: str, name: Any, own: bool) -> dict[str, Any]:
 
 
 def _probed(path: str | Path, name: str, given: Any) -> dict[str, Any]:
-    options = {"path": given} if isinstance(given, str) else given
-    if not isinstance(options, dict) or "path" not in options or not set(options) <= set(_PROBE):
-        raise InputError(
-            f"{path}: benchmarks, {name}: {given!r} must be a path, or an object with path and maybe "
-            f"{', '.join(_PROBE[1:])}. Correct it."
-        )
-    where = str(Path(options["path"]).expanduser().resolve())
     try:
         # Better now than after hours of training.
-        benchmark = open_benchmark(where, options.get("task"), options.get("modality"))
-        benchmark.labels()
-        probes = options.get("probes", [])
-        require_probes([probes] if isinstance(probes, str) else probes, benchmark.task)
+        return require_benchmark(given)
     except (InputError, OSError) as error:
         raise InputError(f"{path}: benchmarks, {name}: {reason_of(error)}") from error
-    return {**options, "path": where}
