@@ -63,12 +63,13 @@ def calls(monkeypatch):
     """Runs start their programs faster, and are counted; those that a test puts a word of into `broken` fail."""
 
     class Calls(list):
-        broken = ()
+        broken, threads = (), None
 
     made = Calls()
 
     def call(command, log, environment, lock):
         made.append(" ".join(map(str, command)))
+        made.threads = environment.get("OMP_NUM_THREADS")
         if any(word in made[-1] for word in made.broken):
             log.write(b"Traceback\nerror: it is broken. Mend it.\n")
             return 1
@@ -115,7 +116,10 @@ def test_each_combination_is_a_run_with_the_settings_of_its_choices(study, image
         ({"benchmarks": {"a": "/nowhere"}}, "benchmarks, a: /nowhere: no such folder"),
         ({"benchmarks": {"a": {"task": "x"}}}, "benchmarks, a: .* must be a path, or an object with path"),
         ({"benchmarks": {"a": {"path": ".", "probes": "voxels"}}}, "a: .*with probes voxels, give path and modality"),
-        ({"benchmarks": {"a": {"path": "/no", "probes": "voxels", "modality": "ct"}}}, "benchmarks, a: /no: has neither"),
+        (
+            {"benchmarks": {"a": {"path": "/no", "probes": "voxels", "modality": "ct"}}},
+            "benchmarks, a: /no: has neither",
+        ),
         ({"settings": 3}, "settings must be an object"),
     ],
 )
@@ -221,6 +225,18 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, images, calls, tmp_p
         assert steps == list(range(1, 31))
         assert encoder_info(folder / "models/encoder.safetensors")["training"]["samples_seen"] == 120
     assert list(rows["samples"]) == [120, 120]
+
+
+@pytest.mark.parametrize(("given", "workers", "threads"), [(None, 2, "3"), (None, 8, "1"), ("5", 2, "5")])
+def test_runs_beside_each_other_share_out_the_cores(study, calls, tmp_path, monkeypatch, given, workers, threads):
+    monkeypatch.setattr(execute.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    calls.broken = ("run",)
+    _, failed = run_study(study(presets={"24": WIDTHS["24"]}, seeds=[0]), tmp_path / "out", workers=workers)
+    assert len(failed) == 1
+    assert calls.threads == threads
 
 
 def test_what_encoders_say_of_voxels_is_a_row_of_a_study(study, calls, tmp_path):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,7 +62,10 @@ def run_study(
     runs = read_study(path)
     folders = [_prepared(run, Path(out) / "runs" / run.name) for run in runs]
     table, failed = Path(out) / "runs.parquet", {}
-    for folder, reason in launched(finish_run, folders, Path(out), launcher, workers, options or {}):
+    # Runs side by side on one machine would otherwise each start as many threads as it has cores.
+    threads = max((os.cpu_count() or 1) // workers, 1) if launcher == "local" else None
+    work = partial(finish_run, threads=threads)
+    for folder, reason in launched(work, folders, Path(out), launcher, workers, options or {}):
         if reason is None:
             _write_table(folders, table)
         else:
@@ -70,26 +74,36 @@ def run_study(
     return table, failed
 
 
-def finish_run(folder: Path) -> str | None:
-    """Do what a run still lacks; the reason why that failed, if it did."""
+def finish_run(folder: Path, threads: int | None = None) -> str | None:
+    """Do what a run still lacks.
+
+    Args:
+        folder: of the run.
+        threads: for its programs, where OMP_NUM_THREADS does not say; None for as many as torch takes.
+
+    Returns:
+        The reason why that failed, if it did.
+    """
     try:
-        return _finished(folder, json.loads((folder / RUN).read_text(encoding="utf-8")))
+        return _finished(folder, json.loads((folder / RUN).read_text(encoding="utf-8")), threads)
     except (OSError, KeyError, ValueError) as error:
         return reason_of(error)
 
 
-def _finished(folder: Path, run: Mapping[str, Any]) -> str | None:
+def _finished(folder: Path, run: Mapping[str, Any], threads: int | None) -> str | None:
     with alone(folder / ".lock") as lock, gpu(folder.parent.parent) as device:
+        environment = ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | os.environ
+        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         if not (folder / _TRAINED).exists():
             files = [*run["files"], str(folder / _SETTINGS)]
             train = ["monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(folder)]
-            if reason := _failure(folder, [*train, "--resume", "True"], lock, device):
+            if reason := _failure(folder, [*train, "--resume", "True"], environment, lock):
                 return reason
             _note_training(folder, run)
         if all((folder / scores_file(name)).exists() for name in run["benchmarks"]):
             return None
         score = ["biovfm_monai.evaluation.scaling.score", str(folder), "cpu" if device is None else "cuda"]
-        return _failure(folder, score, lock, device)
+        return _failure(folder, score, environment, lock)
 
 
 def _prepared(run: StudyRun, folder: Path) -> Path:
@@ -120,12 +134,11 @@ def _require_same(path: Path, known: Mapping[str, Any], given: Mapping[str, Any]
         raise InputError(f"{path}: this run was begun otherwise: {'; '.join(differ)}. Give another --out, or undo it.")
 
 
-def _failure(folder: Path, command: Sequence[str], lock: IO[str], device: str | None) -> str | None:
+def _failure(folder: Path, command: Sequence[str], environment: Mapping[str, str], lock: IO[str]) -> str | None:
     """Run a module, and say what went wrong, if anything did. What it prints goes to log.txt."""
     path = folder / "log.txt"
     with path.open("ab") as log:
         begun = log.tell()
-        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         status = _call(command, log, environment, lock)
     if status == 0:
         return None
