@@ -55,6 +55,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def images_of(folder: Path) -> list[Path]:
     """The volumes' files, in an order of their own but always the same one."""
     paths = sorted((folder / "images").glob("*.nii*"))
+    if not paths:
+        raise SystemExit(f"no NIfTI file in {folder / 'images'}: --data is the folder of MSD's Task04, with images/ and labels/")
     return [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
 
 
