@@ -56,7 +56,7 @@ def images_of(folder: Path) -> list[Path]:
     """The volumes' files, in an order of their own but always the same one."""
     paths = sorted((folder / "images").glob("*.nii*"))
     if not paths:
-        raise SystemExit(f"no NIfTI file in {folder / 'images'}: --data is the folder of MSD's Task04, with images/ and labels/")
+        raise SystemExit(f"no NIfTI file in {folder}/images: --data is the folder of MSD's Task04 (images/, labels/)")
     return [paths[place] for place in np.random.default_rng(0).permutation(len(paths))]
 
 
