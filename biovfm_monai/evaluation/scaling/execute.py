@@ -102,7 +102,7 @@ def _finished(folder: Path, run: Mapping[str, Any], threads: int | None) -> str 
             _note_training(folder, run)
         if all((folder / scores_file(name)).exists() for name in run["benchmarks"]):
             return None
-        score = ["biovfm_monai.evaluation.scaling.score", str(folder), "cpu" if device is None else "cuda"]
+        score = ["biovfm_monai.evaluation.scaling", str(folder), "cpu" if device is None else "cuda"]
         return _failure(folder, score, environment, lock)
 
 

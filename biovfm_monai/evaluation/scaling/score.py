@@ -1,4 +1,4 @@
-"""What the encoders of a study are scored on, and the program that scores one: `python -m <this> FOLDER DEVICE`."""
+"""What the encoders of a study are scored on, and how one is scored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fire
-
 from biovfm_monai.data import load_segmentation
-from biovfm_monai.errors import InputError, report_input_errors
+from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.benchmarks import open_benchmark
 from biovfm_monai.evaluation.benchmarks.base import PARTS
 from biovfm_monai.evaluation.probe import PROBES, Probe, require_probes
@@ -82,8 +80,3 @@ def _probe(options: Mapping[str, Any], encoder: Path, cache: Path, device: str, 
         encoder, benchmark, probes, options.get("img_size"), cache, keep_features=False, device=device,
         batch_size=options.get("batch_size", 1), output_path=out,
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    report_input_errors()
-    fire.Fire(score_run)
