@@ -1,6 +1,7 @@
 """Segmentation of few or many labelled volumes: our network, pretrained and not, beside MONAI's from scratch.
 
     python benchmarks/segmentation_3d.py --data FOLDER --out FOLDER [--seconds 60] [--pretraining 200] [--seeds 3]
+        [--networks "ours, pretrained" UNETR ...] [--shares 1 0.25 0.05]
 
 DATA is MSD's Task04, hippocampus MRI (http://medicaldecathlon.com): images/ and labels/, files of the same names. Of
 192 volumes 112 are for training, 16 to choose by, and 64 to test, always the same ones. All networks train in fp32 on
@@ -172,6 +173,7 @@ def main() -> None:
     """Choose rates, train and score everything, and write the table."""
     parser = comparison_arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the labelled training volumes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,7 @@ def main() -> None:
         {"network": name, "share": share, "seed": seed, "rate": rates[name], "seconds": arguments.seconds}
         | {"data": data, "encoder": encoders[seed]}
         for seed in range(arguments.seeds)
-        for share in SHARES
+        for share in arguments.shares
         for name in arguments.networks
     ]
     rows = run_all(row_of, runs, KEY, arguments.out / "rows.csv", arguments.workers)
