@@ -35,8 +35,7 @@ def fit(
     """
     from biovfm_monai.evaluation.scaling import fit_table, listing  # noqa: PLC0415
 
-    columns = [by] if isinstance(by, str) else [str(column) for column in by]
-    return listing(fit_table(str(table), str(x), str(y), columns, law, out, perfect, draws, seed))
+    return listing(fit_table(str(table), str(x), str(y), _columns(by), law, out, perfect, draws, seed))
 
 
 def factors(
@@ -44,7 +43,7 @@ def factors(
     properties: str,
     x: str,
     y: str,
-    by: str = "method",
+    by: Any = "method",
     task: str = "task",
     out: str | None = None,
     permutations: int = 9999,
@@ -57,7 +56,7 @@ def factors(
         properties: .csv or .parquet file with a row for each task and numbers in its other columns.
         x: column of sizes or costs.
         y: column of scores.
-        by: column of methods.
+        by: column of methods, or several such as method,protocol.
         task: column of tasks, in both tables.
         out: .csv file to write.
         permutations: of the tests.
@@ -65,7 +64,7 @@ def factors(
     """
     from biovfm_monai.evaluation.scaling import factor_table  # noqa: PLC0415
 
-    found, without = factor_table(str(table), str(properties), x, y, by, task, out, permutations, seed)
+    found, without = factor_table(str(table), str(properties), x, y, _columns(by), task, out, permutations, seed)
     left_out = f"\nLeft out, for want of properties: {', '.join(without)}" if without else ""
     return found.to_string(index=False, float_format="{:.3f}".format) + left_out
 
@@ -76,6 +75,7 @@ def compare(
     y: str,
     by: str = "method",
     at: Any = (),
+    within: Any = None,
     law: str | None = None,
     perfect: float | None = None,
     out: str | None = None,
@@ -88,6 +88,7 @@ def compare(
         y: column of scores.
         by: column of methods.
         at: cost, or several such as 1e17,1e18, at which to compare; without it one in the middle of all methods' runs.
+        within: columns in which runs that are compared agree; without it task, protocol, modality and fraction.
         law: as in `biovfm scale fit`.
         perfect: likewise; 0 for a loss.
         out: .json file to write.
@@ -95,7 +96,8 @@ def compare(
     from biovfm_monai.evaluation.scaling import compare_table, comparison  # noqa: PLC0415
 
     budgets = [at] if isinstance(at, int | float) else list(at)
-    return comparison(*compare_table(str(table), x, y, by, budgets, law, perfect, out))
+    alike = None if within is None else _columns(within)
+    return comparison(compare_table(str(table), x, y, by, budgets, alike, law, perfect, out))
 
 
 def plan(study: str, rate: Any = None, price: float | None = None) -> str:
@@ -128,3 +130,7 @@ def run(study: str, out: str = "study", launcher: str = "local", workers: int = 
         reasons = "; ".join(f"{name} {reason}" for name, reason in failed.items())
         raise InputError(f"{len(failed)} run(s) failed, and the same command tries them again. {reasons}")
     return f"{table}: ready."
+
+
+def _columns(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else [str(column) for column in given]

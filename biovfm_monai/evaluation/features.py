@@ -6,11 +6,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from monai.data import Dataset
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -31,6 +33,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _LAST = 4
+T = TypeVar("T")
 
 
 class PooledFeatures(nn.Module):
@@ -145,15 +148,19 @@ def cached_features(
     if folder is None:
         return check_features(embed(network, images, device, batch_size))
     written, path = _kept(key, folder, "safetensors")
-    if path.exists():
+
+    def read() -> np.ndarray | None:
         with safe_open(path, "np") as file:
-            if (file.metadata() or {}).get("key") == written:
-                logger.info("%s: features of an earlier run are used", path)
-                return np.asarray(file.get_tensor("features"))
-    features = check_features(embed(network, images, device, batch_size))
-    with write_atomically(path) as draft:
-        save_file({"features": features}, draft, {"key": written})
-    return features
+            known = (file.metadata() or {}).get("key") == written
+            return np.asarray(file.get_tensor("features")) if known else None
+
+    def make() -> np.ndarray:
+        features = check_features(embed(network, images, device, batch_size))
+        with write_atomically(path) as draft:
+            save_file({"features": features}, draft, {"key": written})
+        return features
+
+    return _kept_or_made(path, read, make)
 
 
 def cached_scores(
@@ -169,14 +176,36 @@ def cached_scores(
     if folder is None:
         return compute()
     written, path = _kept(key, folder, "json")
-    if path.exists():
+
+    def read() -> dict[str, Any] | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == written:
-            logger.info("%s: scores of an earlier run are used", path)
-            return dict(kept["scores"])
-    scores = compute()
-    write_json(path, {"key": written, "scores": scores})
-    return scores
+        return dict(kept["scores"]) if kept["key"] == written else None
+
+    def make() -> dict[str, Any]:
+        scores = compute()
+        write_json(path, {"key": written, "scores": scores})
+        return scores
+
+    return _kept_or_made(path, read, make)
+
+
+def _kept_or_made(path: Path, read: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What a file holds, or else what is made; processes that need it at the same time make it once."""
+    found = read() if path.exists() else None
+    if found is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.stem}.lock")
+        with FileLock(lock):
+            try:
+                found = read() if path.exists() else None
+                if found is None:
+                    return make()
+            finally:
+                # Windows keeps a file that is open.
+                with suppress(OSError):
+                    lock.unlink()
+    logger.info("%s: what an earlier run has kept is used", path)
+    return found
 
 
 def _kept(key: Mapping[str, Any], folder: str | Path, ending: str) -> tuple[str, Path]:

@@ -54,6 +54,8 @@ def check_labels(labels: np.ndarray, num_classes: int, task: str, part: str) -> 
     if not np.isin(found, range(top + 1)).all():
         raise InputError(f"the {part} part has labels that are no whole numbers from 0 to {top}. Correct them.")
     found = found.astype(np.int64)
+    if task == TASKS[1] and num_classes != 2:
+        raise InputError(f"a {task} task has 2 classes, and this one {num_classes}. Name another task.")
     if several:
         missing = [str(c) for c in range(num_classes) if len(np.unique(found[:, c])) < 2]
         if missing:
@@ -171,7 +173,8 @@ def bootstrap(
         seed: of it.
 
     Returns:
-        Name -> lower and upper end; NaN where more than half of the draws lack a class.
+        Name -> lower and upper end; NaN where there are fewer than two patients, or where more than half of the draws
+        lack a class.
     """
     truth, score = _against_others(labels, likely, task)
     right = classify(likely, task) == labels
@@ -182,7 +185,7 @@ def bootstrap(
         found["auc"].append(float(np.mean([ranked.auc(weight) for ranked in sorted_by])))
         found["accuracy"].append(float(np.average(right, axis=0, weights=weight).mean()))
         found["balanced_accuracy"].append(_balanced(one_hot, right, weight))
-    return {name: _percentiles(np.array(values)) for name, values in found.items()}
+    return {name: _percentiles(np.array(values), draws) for name, values in found.items()}
 
 
 def bootstrap_means(
@@ -195,19 +198,20 @@ def bootstrap_means(
         subjects, draws, seed: as in `bootstrap`.
 
     Returns:
-        Name -> lower and upper end.
+        Name -> lower and upper end; NaN where there are fewer than two patients.
     """
     table = np.stack([*values.values()])
     means = [table @ weight / weight.sum() for weight in _drawn(table.shape[1], subjects, draws, seed)]
-    return {name: _percentiles(of) for name, of in zip(values, np.transpose(means), strict=True)}
+    columns = np.transpose(means) if means else np.empty((len(values), 0))
+    return {name: _percentiles(of, draws) for name, of in zip(values, columns, strict=True)}
 
 
 def _drawn(images: int, subjects: Sequence[Any] | None, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is in a draw of patients, for each draw."""
+    """How often each image is in a draw of patients, for each draw; none where draws of patients could not differ."""
     require_within(1, whole=True, draws=draws)
     _, patient = np.unique(np.arange(images) if subjects is None else np.asarray(subjects), return_inverse=True)
     count, random = int(patient.max()) + 1, np.random.default_rng(seed)
-    for _ in range(draws):
+    for _ in range(draws if count > 1 else 0):
         yield np.bincount(random.integers(count, size=count), minlength=count)[patient].astype(float)
 
 
@@ -225,9 +229,9 @@ def _balanced(one_hot: np.ndarray, right: np.ndarray, weight: np.ndarray) -> flo
         return float(np.nanmean(hits / of_class, axis=0).mean())
 
 
-def _percentiles(values: np.ndarray) -> list[float]:
+def _percentiles(values: np.ndarray, draws: int) -> list[float]:
     known = values[np.isfinite(values)]
-    if len(known) < len(values) / 2:
+    if len(known) < draws / 2:
         return [float("nan")] * 2
     return [float(end) for end in np.percentile(known, [2.5, 97.5])]
 

@@ -18,7 +18,7 @@ from biovfm_monai import __version__
 from biovfm_monai.checkpoints import build_encoder, encoder_info, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.attentive import attentive_probe
-from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
+from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark, subjects_of
 from biovfm_monai.evaluation.embed import RawPixels, embed, transform_of
 from biovfm_monai.evaluation.features import (
     PooledFeatures,
@@ -224,10 +224,7 @@ class Probe:
                 parts, self.labels, benchmark.num_classes, benchmark.task,
                 tokens.encoder.embed_dim // tokens.encoder.head_dim, seed=self.seed, device=self.device,
             )  # fmt: skip
-        subjects = [
-            f"image {number}" if item.get("subject") is None else f"{item.get('source')}: {item['subject']}"
-            for number, item in enumerate(benchmark.parts["test"])
-        ]
+        subjects = subjects_of(benchmark.parts["test"])
         for probe, best in chosen.items():
             of = best.scored(self.labels[2], benchmark.task, subjects, self.draws, self.seed)
             found[probe] = of

@@ -21,7 +21,7 @@ from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.data import MatchChannelsd, PreparedImaged, ReadLabeld, load_segmentation, read_image
 from biovfm_monai.engines import machine_memory
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.benchmarks.base import PARTS
+from biovfm_monai.evaluation.benchmarks.base import PARTS, require_apart, subjects_of
 from biovfm_monai.evaluation.embed import preprocessing_of
 from biovfm_monai.evaluation.metrics import bootstrap_means
 from biovfm_monai.evaluation.voxels import OUTSIDE, RATES, VoxelLayer, token_maps, train_voxel_layers
@@ -65,8 +65,9 @@ class VoxelProbe:
         output_path: JSON file for the scores; None for no file.
 
     Raises:
-        InputError: as `load_segmentation`; in `run`, as `PreparedImaged` and `ReadLabeld`, when all label maps of the
-            training part are empty, or tokens do not fit into memory.
+        InputError: as `load_segmentation`, or when parts share a subject or an image; in `run`, as `PreparedImaged` and
+            `ReadLabeld`, when all label maps of a part are empty, a token is not finite, or they do not fit into
+            memory.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class VoxelProbe:
         self.steps, self.seed, self.device = steps, seed, torch.device(device)
         self.draws, self.output_path = draws, output_path
         self.items = {part: load_segmentation(dataset_dir, part) for part in PARTS}
+        require_apart(dataset_dir, self.items)
 
     def run(self) -> dict[str, Any]:
         """What the benchmark is, and "scores" by contender: "dice" with its interval, and that of each structure."""
@@ -94,6 +96,9 @@ class VoxelProbe:
         encoders = {name: encoder.to(self.device).eval() for name, encoder in encoders.items()}
         values = self._values()
         cuts = self._cut_all(encoders, values)
+        for part, of in cuts.items():
+            if not any(((cut.classes > 0) & (cut.classes != OUTSIDE)).any() for cut in of):
+                raise InputError(f"{self.dataset_dir}: all label maps of the {part} part are empty. Correct them.")
         scores = {name: {"voxels": self._scored(name, cuts, values)} for name in encoders}
         about = {
             "name": self.dataset_dir.name, "task": "segmentation", "classes": len(values),
@@ -135,6 +140,12 @@ class VoxelProbe:
         for part, items in self.items.items():
             for item in items:
                 found[part].append(_cut(transform(item), encoders, flat, self.device))
+                for name, maps in found[part][-1].maps.items():
+                    if not maps.isfinite().all():
+                        raise InputError(
+                            f"{item['image']}: tokens of {name} are NaN or infinite. Look for such values in the "
+                            "encoder's weights, or in that image."
+                        )
                 taken += found[part][-1].nbytes
                 if taken > there:
                     raise InputError(
@@ -155,10 +166,9 @@ class VoxelProbe:
         means = [float(np.nanmean(_dice(layer, name, cuts["validation"]))) for layer in layers]
         best = int(np.argmax(means))
         dice = _dice(layers[best], name, cuts["test"])
-        subjects = [item.get("subject", number) for number, item in enumerate(self.items["test"])]
         known = np.isfinite(dice).any(1)
         by_image = {"dice": np.nanmean(dice[known], 1)}
-        kept = [subject for subject, has in zip(subjects, known, strict=True) if has]
+        kept = [subject for subject, has in zip(subjects_of(self.items["test"]), known, strict=True) if has]
         found = {
             "dice": float(by_image["dice"].mean()),
             "structures": {

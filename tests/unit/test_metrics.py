@@ -9,6 +9,7 @@ from biovfm_monai.evaluation.metrics import (
     TASKS,
     auc,
     bootstrap,
+    bootstrap_means,
     calibration_error,
     check_labels,
     ranked_auc,
@@ -84,6 +85,12 @@ def test_patients_with_many_images_alike_widen_the_interval(rng):
     assert np.ptp(by_patient) > 2 * np.ptp(by_image)
 
 
+def test_one_patient_has_no_interval(rng):
+    labels, likely = rng.integers(0, 2, 20), rng.random((20, 2))
+    assert np.isnan([*bootstrap(labels, likely, TASKS[1], ["a"] * 20, 9).values()]).all()
+    assert np.isnan(bootstrap_means({"dice": rng.random(3)}, ["a"] * 3)["dice"]).all()
+
+
 def test_intervals_of_an_accuracy_cover_the_truth_in_nine_of_ten(rng):
     covered = 0
     for seed in range(60):
@@ -122,6 +129,7 @@ def test_grades_far_off_cost_more_kappa_than_grades_nearby():
         ([], TASKS[0], "labels of shape"),
         ([[0, 1, 1], [1, 0, 1]], TASKS[3], "finding 2 is the same in all of the test part"),
         ([[0], [1]], "regression", "task 'regression' must be one of"),
+        ([[0], [1], [2]], TASKS[1], "a binary-class task has 2 classes, and this one 3"),
     ],
 )  # fmt: skip
 def test_labels_that_cannot_be_scored_are_refused(labels, task, message):

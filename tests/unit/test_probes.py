@@ -1,5 +1,6 @@
 """Probes on frozen features against scikit-learn and training one by one; benchmarks and what they refuse."""
 
+import contextlib
 import hashlib
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import Dataset
+from programs import started
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
@@ -156,7 +158,7 @@ def test_retrieval_takes_the_pooling_of_the_validation_part_and_its_interval_is_
     low, high = alone["intervals"]["mean_average_precision"]
     assert low < alone["mean_average_precision"] < high
     together = best.scored(labels[2], TASKS[0], subjects=["a patient"] * 30)["intervals"]
-    assert together["precision_at_5"] == pytest.approx([alone["precision_at_5"]] * 2)
+    assert np.isnan(together["precision_at_5"]).all()
     patients = bootstrap_means({"x": np.repeat([0.0, 1.0], 500)}, np.repeat(["a", "b"], 500))["x"]
     assert patients == [0, 1]
 
@@ -273,6 +275,32 @@ def test_features_are_made_once_for_each_key_and_anew_for_another(tmp_path, rng)
     cached_features(network, images, {"encoder": "b"}, tmp_path)
     assert len(calls) == 6
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_processes_that_need_the_same_scores_make_them_once(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from biovfm_monai.evaluation.features import cached_scores
+here = Path(sys.argv[1])
+(here / sys.argv[2]).touch()
+def compute():
+    print("made")
+    while len(list(here.glob("began*"))) < 3:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    return {"auc": 0.5}
+print(cached_scores(compute, {"encoder": "a"}, here / "kept"))
+"""
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(started(["-c", program, tmp_path, f"began{number}"], tmp_path)) for number in range(3)
+        ]
+        for process, _ in running:
+            process.join(60)
+        said = [printed.read_text().splitlines() for _, (printed, _) in running]
+    assert sorted(said, key=len) == [["{'auc': 0.5}"], ["{'auc': 0.5}"], ["made", "{'auc': 0.5}"]]
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".json"]
 
 
 def test_a_changed_file_or_label_is_another_key(tmp_path):
@@ -400,9 +428,11 @@ def test_findings_of_an_archive_are_probed_one_by_one(tmp_path, rng):
 
 
 def test_a_dataset_folder_with_words_for_labels_is_a_benchmark_split_by_subject(tmp_path):
-    image = tmp_path / "image.png"
     items = [
-        {"image": str(image), "modality": "mri", "label": label, "subject": f"{split}{n}", "split": split}
+        {
+            "image": str(tmp_path / f"{split}{n}.png"), "modality": "mri", "label": label, "subject": f"{split}{n}",
+            "split": split,
+        }
         for split in ("training", "validation", "test") for n, label in enumerate(("healthy", "ill"))
     ]  # fmt: skip
     write_datalist(tmp_path / "datalist.json", [items])
@@ -417,6 +447,40 @@ def test_a_dataset_folder_with_words_for_labels_is_a_benchmark_split_by_subject(
     items[-1]["subject"] = "x"
     write_datalist(tmp_path / "datalist.json", [items])
     with pytest.raises(InputError, match="1 of 6 items have no label"):
+        dataset(tmp_path)
+
+
+def labelled(folder, labels):
+    """A datalist in which each section has an image of each label."""
+    items = [
+        {"image": str(folder / f"{split}{n}.png"), "modality": "mri", "label": label, "split": split}
+        for split in ("training", "validation", "test") for n, label in enumerate(labels)
+    ]  # fmt: skip
+    write_datalist(folder / "datalist.json", [items])
+    return items
+
+
+def test_numbers_written_as_words_are_classes_in_their_order(tmp_path):
+    labelled(tmp_path, ["10", "2", "1"])
+    assert [list(part) for part in dataset(tmp_path, TASKS[2]).labels()] == [[2, 1, 0]] * 3
+    labelled(tmp_path, ["severe", "mild", "none"])
+    assert dataset(tmp_path).labels()[0].tolist() == [2, 0, 1]
+    with pytest.raises(InputError, match="grades must be numbers"):
+        dataset(tmp_path, TASKS[2])
+
+
+@pytest.mark.parametrize("missing", ["", float("nan")])
+def test_an_empty_label_is_none(tmp_path, missing):
+    labelled(tmp_path, ["a", missing] if missing == "" else [0.0, missing])
+    with pytest.raises(InputError, match="3 of 6 items have no label"):
+        dataset(tmp_path)
+
+
+def test_an_image_in_two_sections_is_refused(tmp_path):
+    items = labelled(tmp_path, ["a", "b"])
+    items[-1]["image"] = items[0]["image"]
+    write_datalist(tmp_path / "datalist.json", [items])
+    with pytest.raises(InputError, match="an image is in both the training and the test part"):
         dataset(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """What the benefit of scaling goes with, and methods at equal cost."""
 
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -131,8 +132,42 @@ def test_the_commands_print_and_write_what_they_find(tmp_path, monkeypatch, caps
     cli.main()
     assert "DINOv2 - MAE: " in capsys.readouterr().out
     written = json.loads((tmp_path / "c.json").read_text())
-    assert [row["budget"] for row in written["equal_cost"]] == [20, 80]
-    assert written["frontier"][-1]["auc"] == 99.95
+    assert len(written) == 13
+    assert [row["budget"] for row in written["blood"]["equal_cost"]] == [20, 80]
+    assert {row["task"] for row in written["blood"]["frontier"]} == {"blood"}
+
+
+def test_methods_are_compared_among_runs_of_one_task_protocol_and_fraction(tmp_path, monkeypatch):
+    grid = itertools.product("ab", ("lung", "blood"), ("knn", "linear"), (0.5, 1), (1, 2, 4, 8))
+    table = pd.DataFrame(grid, columns=["method", "task", "protocol", "fraction", "flops"])
+    base = {"lung": 0.6, "blood": 0.9}
+    table["auc"] = [base[row.task] + 0.01 * (row.method == "a") + 0.001 * row.flops for row in table.itertuples()]
+    table.to_csv(tmp_path / "t.csv", index=False)
+    found = compare_table(tmp_path / "t.csv", "flops", "auc")
+    assert list(found) == [
+        ", ".join(k) for k in itertools.product(("blood", "lung"), ("knn", "linear"), ("0.5", "1.0"))
+    ]
+    for of in found.values():
+        assert of["equal_cost"][0]["differences"]["a - b"]["value"] == pytest.approx(0.01, abs=1e-4)
+    with pytest.raises(InputError, match="runs of all differ in task: blood, lung"):
+        compare_table(tmp_path / "t.csv", "flops", "auc", within=[])
+    monkeypatch.setattr("sys.argv", ["biovfm", "scale", "compare", f"{tmp_path}/t.csv", "--x", "flops", "--y", "auc",
+                                     "--within", "task,protocol"])  # fmt: skip
+    cli.main()
+
+
+def test_factors_need_numbers_and_methods_may_be_told_apart_by_several_columns(tmp_path):
+    rows = itertools.product("ab", ("knn", "linear"), range(5), (1, 2, 4))
+    table = pd.DataFrame(rows, columns=["method", "protocol", "task", "size"])
+    table["auc"] = 0.5 + 0.01 * table["size"] * table["task"] + (0.1 * (table.protocol == "knn"))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    tasks = pd.DataFrame({"task": range(5), "images": [1, 3, 4, 7, 9]})
+    tasks.to_csv(tmp_path / "tasks.csv", index=False)
+    found, _ = factor_table(tmp_path / "t.csv", tmp_path / "tasks.csv", "size", "auc", ["method", "protocol"])
+    assert list(found.method) == ["a, knn", "a, linear", "b, knn", "b, linear"]
+    tasks.astype({"images": str}).assign(images="many").to_csv(tmp_path / "tasks.csv", index=False)
+    with pytest.raises(InputError, match=r"tasks.csv: has no column of numbers besides 'task'"):
+        factor_table(tmp_path / "t.csv", tmp_path / "tasks.csv", "size", "auc", ["method", "protocol"])
 
 
 @pytest.mark.parametrize(

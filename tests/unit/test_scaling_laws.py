@@ -198,8 +198,29 @@ def test_a_table_that_cannot_be_fitted_is_refused_in_one_line(tmp_path, rows, op
     assert "\n" not in str(error.value)
 
 
+def test_groups_whose_values_read_alike_are_not_one(tmp_path):
+    table = pd.DataFrame({"x": [1, 2, 3] * 2, "auc": 0.9, "a": ["p, q"] * 3 + ["p"] * 3, "b": ["r"] * 3 + ["q, r"] * 3})
+    table.to_csv(tmp_path / "t.csv")
+    with pytest.raises(InputError, match="two groups of runs are both called 'p, q, r'"):
+        fit_table(tmp_path / "t.csv", "x", "auc", ["a", "b"])
+
+
+def test_a_fit_says_what_it_pools_and_that_falling_scores_may_be_losses(tmp_path):
+    table = pd.DataFrame({"x": [1, 2, 4, 8, 16] * 2, "loss": [0.9, 0.7, 0.5, 0.3, 0.2] * 2})
+    table["fraction"], table["preset"] = [0.5] * 5 + [1] * 5, table["x"].astype(str)
+    table.to_csv(tmp_path / "t.csv")
+    (found,) = fit_table(tmp_path / "t.csv", "x", "loss", law="log-linear")["fits"].values()
+    said = " ".join(found["warnings"])
+    assert "differ in fraction are fitted together" in said
+    assert "if they are losses, give --perfect 0" in said
+    apart = fit_table(tmp_path / "t.csv", "x", "loss", ["fraction"], law="power", perfect=0)["fits"]
+    said = " ".join(warning for of in apart.values() for warning in of["warnings"])
+    assert "together" not in said
+    assert "losses" not in said
+
+
 def test_runs_that_disagree_in_protocol_are_not_mixed(tmp_path):
     table = pd.DataFrame({"x": [1, 2, 3, 4], "y": [1, 2, 3, 4], "protocol": ["linear", "linear", "knn", "linear"]})
     table.to_csv(tmp_path / "runs.csv")
-    with pytest.raises(InputError, match=r"differ in protocol: knn, linear\. Fit them apart, with --by protocol"):
+    with pytest.raises(InputError, match=r"differ in protocol: knn, linear\. Add protocol to the columns"):
         fit_table(tmp_path / "runs.csv", "x", "y")

@@ -170,3 +170,63 @@ def test_what_cannot_be_scored_is_refused(encoder_file, tmp_path, monkeypatch):
         VoxelProbe(encoder_file, scans(tmp_path / "empty", values=(0, 0, 0)), "mri").run()
     with pytest.raises(InputError, match="so no label maps"):
         VoxelProbe(encoder_file, tmp_path / "nothing", "mri")
+
+
+def datalist(folder, **changed):
+    """Ten scans by section, each of a subject of its own."""
+    where = {"training": range(6), "validation": (6, 7), "test": (8, 9)}
+    sections = {
+        section: [
+            {
+                "image": f"images/scan{n:02}.nii.gz", "label": f"labels/scan{n:02}.nii.gz", "modality": "mri",
+                "subject": f"s{n}",
+            }
+            for n in numbers
+        ]
+        for section, numbers in where.items()
+    }  # fmt: skip
+    for section, (number, item) in changed.items():
+        sections[section][number] |= item
+    (folder / "datalist.json").write_text(json.dumps(sections))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("section", "number", "item", "message"),
+    [
+        ("test", 0, {"subject": "s1"}, "a subject is in both the training and the test part, there with .*scan08"),
+        ("validation", 1, {"image": "images/scan00.nii.gz"}, "an image is in both the training and the validation"),
+    ],
+)
+def test_parts_that_share_a_patient_are_refused(encoder_file, tmp_path, section, number, item, message):
+    folder = datalist(scans(tmp_path / "scans"), **{section: (number, item)})
+    with pytest.raises(InputError, match=message):
+        VoxelProbe(encoder_file, folder, "mri")
+
+
+@pytest.mark.parametrize(("section", "number"), [("validation", 6), ("test", 8)])
+def test_a_part_without_structures_is_refused(encoder_file, tmp_path, section, number):
+    folder = datalist(scans(tmp_path / "scans"))
+    for scan in (number, number + 1):
+        empty = nibabel.Nifti1Image(np.zeros((24, 40, 40), np.uint8), np.eye(4))
+        nibabel.save(empty, folder / f"labels/scan{scan:02}.nii.gz")
+    with pytest.raises(InputError, match=f"all label maps of the {section} part are empty"):
+        VoxelProbe(encoder_file, folder, "mri").run()
+
+
+def test_tokens_that_are_not_finite_are_refused_with_the_image(tmp_path):
+    encoder = vit()
+    with torch.no_grad():
+        encoder.norm.weight[0] = float("nan")
+    save_encoder(encoder, tmp_path / "encoder.safetensors", {"mean": 0.5, "std": 0.5})
+    with pytest.raises(InputError, match=r"scan\d\d\.nii\.gz: tokens of encoder are NaN or infinite"):
+        VoxelProbe(tmp_path / "encoder.safetensors", scans(tmp_path / "scans"), "mri").run()
+
+
+def test_scans_of_which_some_have_a_subject_are_scored_and_one_patient_gives_no_interval(encoder_file, tmp_path):
+    folder = datalist(scans(tmp_path / "scans"), test=(0, {"subject": None}))
+    found = VoxelProbe(encoder_file, folder, "mri", steps=5).run()["scores"]["encoder"]["voxels"]
+    assert np.isfinite(found["intervals"]["dice"]).all()
+    folder = datalist(folder, test=(0, {"subject": "s9"}))
+    found = VoxelProbe(encoder_file, folder, "mri", steps=5).run()["scores"]["encoder"]["voxels"]
+    assert np.isnan(found["intervals"]["dice"]).all()

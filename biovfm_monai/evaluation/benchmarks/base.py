@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,42 @@ import numpy as np
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.metrics import check_labels
 
-__all__ = ["PARTS", "Benchmark"]
+__all__ = ["PARTS", "Benchmark", "require_apart", "subjects_of"]
 
 PARTS = ("training", "validation", "test")
+
+
+def require_apart(name: str | Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse parts that share a subject or an image.
+
+    Args:
+        name: of what they are parts, for errors.
+        parts: their names -> datalist items.
+
+    Raises:
+        InputError: naming the two parts, and the image.
+    """
+    seen: dict[tuple[str, Any], str] = {}
+    for part, items in parts.items():
+        for item in items:
+            images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+            held: list[tuple[str, Any]] = [("an image", image) for image in images]
+            if item.get("subject") is not None:
+                held.append(("a subject", (item.get("source"), str(item["subject"]))))
+            for kind, what in held:
+                if seen.setdefault((kind, what), part) != part:
+                    raise InputError(
+                        f"{name}: {kind} is in both the {seen[kind, what]} and the {part} part, there with "
+                        f"{images[0]}: scores would be too good. Split by subject, as biovfm index does."
+                    )
+
+
+def subjects_of(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whose each item is, for a bootstrap over patients; an item without subject is a patient of its own."""
+    return [
+        f"image {number}" if item.get("subject") is None else f"{item.get('source')}: {item['subject']}"
+        for number, item in enumerate(items)
+    ]
 
 
 @dataclass(frozen=True)

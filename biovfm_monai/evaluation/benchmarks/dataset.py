@@ -10,7 +10,7 @@ import numpy as np
 
 from biovfm_monai.data import load_datalist
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark
+from biovfm_monai.evaluation.benchmarks.base import PARTS, Benchmark, require_apart
 from biovfm_monai.evaluation.metrics import TASKS
 
 __all__ = ["dataset"]
@@ -19,7 +19,7 @@ __all__ = ["dataset"]
 def dataset(folder: str | Path, task: str | None = None, modality: str | Sequence[str] | None = None) -> Benchmark:
     """A benchmark of the sections training, validation and test of a dataset folder or store.
 
-    Labels may be words: classes are then numbered in the order of the alphabet.
+    Labels may be numbers, written as words or not: classes are then in their order; or words, in that of the alphabet.
 
     Args:
         folder: as in `load_datalist`.
@@ -27,12 +27,13 @@ def dataset(folder: str | Path, task: str | None = None, modality: str | Sequenc
         modality: as in `load_datalist`.
 
     Raises:
-        InputError: when a section or a label is missing, labels are of several kinds, or sections share a subject.
+        InputError: when a section or a label is missing, labels are of several kinds, grades are no numbers, or
+            sections share a subject or an image.
     """
     parts = {part: [dict(item) for item in load_datalist(folder, part, modality)] for part in PARTS}
-    _require_apart(folder, parts)
+    require_apart(folder, parts)
     items = [item for part in parts.values() for item in part]
-    without = sum(item.get("label") is None for item in items)
+    without = sum(item.get("label") in (None, "") or item["label"] != item["label"] for item in items)
     if without:
         raise InputError(f"{folder}: {without} of {len(items)} items have no label, and a probe needs one for each.")
     kinds = {type(item["label"]).__name__ for item in items}
@@ -41,22 +42,18 @@ def dataset(folder: str | Path, task: str | None = None, modality: str | Sequenc
     if kinds == {"list"}:
         count = len(items[0]["label"])
         return Benchmark(Path(folder).name, task or TASKS[3], count, parts, "its own", "its own")
-    classes, numbers = np.unique([item["label"] for item in items], return_inverse=True)
+    classes, numbers = np.unique(_in_order(folder, [item["label"] for item in items], task), return_inverse=True)
     for item, number in zip(items, numbers.tolist(), strict=True):
         item["label"] = number
     chosen = task or TASKS[1 if len(classes) == 2 else 0]
     return Benchmark(Path(folder).name, chosen, len(classes), parts, "its own", "its own")
 
 
-def _require_apart(folder: str | Path, parts: dict[str, list[dict[str, Any]]]) -> None:
-    seen: dict[tuple[Any, Any], str] = {}
-    for part, items in parts.items():
-        for item in items:
-            if item.get("subject") is None:
-                continue
-            who = (item.get("source"), item["subject"])
-            if seen.setdefault(who, part) != part:
-                raise InputError(
-                    f"{folder}: a subject is in both the {seen[who]} and the {part} part, whose scores would be too "
-                    "good. Split by subject, as biovfm index does."
-                )
+def _in_order(folder: str | Path, labels: Sequence[Any], task: str | None) -> list[Any]:
+    """Labels as numbers, if all are; else as they are, of which the order of grades could not be told."""
+    try:
+        return [float(label) for label in labels]
+    except ValueError as error:
+        if task == TASKS[2]:
+            raise InputError(f"{folder}: grades must be numbers, so that they have an order ({error}).") from error
+        return list(labels)

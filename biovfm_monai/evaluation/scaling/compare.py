@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from biovfm_monai.evaluation.scaling.table import groups_of, read_table
 from biovfm_monai.files import write_json
 
 __all__ = ["compare_at", "compare_table", "comparison", "frontier", "optimal_size"]
+
+_ALIKE = ("task", "protocol", "modality", "fraction")
 
 
 def frontier(cost: np.ndarray, score: np.ndarray, falling: bool = False) -> np.ndarray:
@@ -98,47 +100,65 @@ def compare_table(
     y: str,
     by: str = "method",
     at: Sequence[float] = (),
+    within: Sequence[str] | None = None,
     law: str | None = None,
     perfect: float | None = None,
     out: str | Path | None = None,
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The runs worth their cost in a table, and its methods at equal cost.
+) -> dict[str, dict[str, Any]]:
+    """The runs worth their cost in a table, and its methods at equal cost, for each group of runs that can be compared.
 
     Args:
         path: CSV or Parquet table with a row for each run.
         x, y, by: columns of costs, scores and methods.
-        at: costs; none for one in the middle, by ratio, of what all methods' runs have.
+        at: costs; none for one in the middle, by ratio, of what all methods' runs of a group have.
+        within: columns in which runs that are compared agree; None for those of task, protocol, modality and fraction
+            that the table has.
         law, perfect: as in `fit_runs`; a `perfect` of 0 says that lower scores are better.
         out: JSON file for the result; None for no file.
 
     Returns:
-        Rows of the frontier, and what `compare_at` tells.
+        For each group "frontier", a list of its rows, and "equal_cost", what `compare_at` tells.
 
     Raises:
-        InputError: when the table cannot be used, or methods have no cost in common.
+        InputError: when the table cannot be used, or methods of a group have no cost in common.
     """
-    table = read_table(path, [x, y, by])
-    groups = dict(groups_of(table, [by], [x, y]))
-    runs = {method: (rows[x].to_numpy(), rows[y].to_numpy()) for method, rows in groups.items()}
+    table = read_table(path, [x, y, by, *(within or ())])
+    if within is None:
+        within = [name for name in _ALIKE if name in table and name != by]
+    result: dict[str, dict[str, Any]] = {}
+    for label, alike in groups_of(table, within, [x, y]):
+        try:
+            best, rows = _compared(alike, x, y, by, at, law, perfect)
+        except InputError as error:
+            raise InputError(f"{path}, {label}: {error}") from error
+        result[label] = {"frontier": json.loads(best.to_json(orient="records")), "equal_cost": rows}
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _compared(
+    table: pd.DataFrame, x: str, y: str, by: str, at: Sequence[float], law: str | None, perfect: float | None
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    runs = {label: (rows[x].to_numpy(), rows[y].to_numpy()) for label, rows in groups_of(table, [by], [x, y])}
     if not at:
         low, high = max(cost.min() for cost, _ in runs.values()), min(cost.max() for cost, _ in runs.values())
         if low > high:
-            raise InputError(f"{path}: no cost {x!r} lies within the runs of all methods. Add runs of equal cost.")
+            raise InputError(f"no cost {x!r} lies within the runs of all methods. Add runs of equal cost.")
         at = [float(np.sqrt(low * high))]
-    every = pd.concat(groups.values())
-    best = every.iloc[frontier(every[x].to_numpy(), every[y].to_numpy(), falling=perfect == 0)]
-    compared = compare_at(runs, at, law, perfect)
-    if out is not None:
-        write_json(out, {"frontier": json.loads(best.to_json(orient="records")), "equal_cost": compared})
-    return best, compared
+    best = table.iloc[frontier(table[x].to_numpy(), table[y].to_numpy(), falling=perfect == 0)]
+    return best, compare_at(runs, at, law, perfect)
 
 
-def comparison(best: pd.DataFrame, rows: Sequence[dict[str, Any]]) -> str:
+def comparison(result: Mapping[str, Mapping[str, Any]]) -> str:
     """What `compare_table` returns, in words."""
-    lines = ["runs that no cheaper one beats:", best.to_string(index=False)]
-    for row in rows:
-        lines.append(f"at {row['budget']:.4g}:")
-        for name, of in (row["scores"] | row["differences"]).items():
-            chance = "" if of.get("beyond_chance", True) else ", no more than chance"
-            lines.append(f"    {name}: {of['value']:.4g} [{of['interval'][0]:.4g}, {of['interval'][1]:.4g}]{chance}")
+    lines = []
+    for label, group in result.items():
+        lines += [f"{label}: runs that no cheaper one beats", pd.DataFrame(group["frontier"]).to_string(index=False)]
+        for row in group["equal_cost"]:
+            lines.append(f"at {row['budget']:.4g}:")
+            for name, of in (row["scores"] | row["differences"]).items():
+                chance = "" if of.get("beyond_chance", True) else ", no more than chance"
+                low, high = of["interval"]
+                lines.append(f"    {name}: {of['value']:.4g} [{low:.4g}, {high:.4g}]{chance}")
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def factor_table(
     properties: str | Path,
     x: str,
     y: str,
-    by: str = "method",
+    by: Sequence[str] = ("method",),
     task: str = "task",
     out: str | Path | None = None,
     permutations: int = 9999,
@@ -127,7 +127,8 @@ def factor_table(
     Args:
         path: CSV or Parquet table with a row for each run.
         properties: CSV or Parquet table with a row for each task; all its other columns of numbers are properties.
-        x, y, by, task: columns of sizes, scores, methods and tasks; `properties` has the last one, too.
+        x, y, task: columns of sizes, scores and tasks; `properties` has the last one, too.
+        by: columns that tell methods apart, such as method and protocol.
         out: CSV file for the result; None for no file.
         permutations, seed: as in `correlate`.
 
@@ -139,11 +140,14 @@ def factor_table(
     """
     require_within(99, whole=True, permutations=permutations)
     slopes: dict[str, dict[str, float]] = {}
-    runs = read_table(path, [x, y, by, task])
-    for _, rows in groups_of(runs, [by, task], [x, y]):
-        fitted = fit_law(LogLinear(), rows[x].to_numpy(), rows[y].to_numpy(), draws=1)
-        slopes.setdefault(str(rows[by].iloc[0]), {})[str(rows[task].iloc[0])] = float(fitted.found[0])
+    runs = read_table(path, [x, y, *by, task])
+    for _, rows in groups_of(runs, [*by, task], [x, y]):
+        fitted, first = fit_law(LogLinear(), rows[x].to_numpy(), rows[y].to_numpy(), draws=1), rows.iloc[0]
+        method = ", ".join(str(first[name]) for name in by)
+        slopes.setdefault(method, {})[str(first[task])] = float(fitted.found[0])
     known = read_table(properties, [task]).astype({task: str}).set_index(task).select_dtypes("number")
+    if known.empty:
+        raise InputError(f"{properties}: has no column of numbers besides {task!r}. Add properties.")
     if not known.index.is_unique:
         raise InputError(f"{properties}: names a task more than once. Leave one row for each.")
     benefits = pd.DataFrame(slopes)

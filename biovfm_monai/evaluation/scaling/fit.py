@@ -191,6 +191,8 @@ def _warnings(fitted: FittedLaw, x: np.ndarray, y: np.ndarray, perfect: float | 
         found.append(f"too few points: {sizes} sizes; with fewer than {_FEW_SIZES} a law is hardly tested.")
     if unchosen:
         found.append("too few sizes to choose a law by cross-validation: log-linear was taken.")
+    if perfect is None and trend_p_value(x, y) < 1 - LEVEL and np.polyfit(np.log(x), y, 1)[0] < 0:
+        found.append("scores fall with size: if they are losses, give --perfect 0.")
     law, score = fitted.law, float(y[x == largest].mean())
     if isinstance(law, PowerLaw):
         exponent, irreducible = fitted.found[0], fitted.found[2]

@@ -16,6 +16,10 @@ from biovfm_monai.files import write_json
 
 __all__ = ["fit_table", "groups_of", "listing", "read_table"]
 
+# What makes scores incomparable.
+_KEPT_APART = ("task", "protocol")
+_DESIGN = ("method", "preset", "modality", "fraction")
+
 
 def read_table(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     """A CSV or Parquet table that has some columns.
@@ -43,7 +47,8 @@ def groups_of(table: pd.DataFrame, by: Sequence[str], numbers: Sequence[str]) ->
     """Rows that agree in some columns, by their values, in order, without those of protocols that have no such number.
 
     Raises:
-        InputError: when a column that has to hold finite numbers does not, or runs of a group differ in "protocol".
+        InputError: when a column that has to hold finite numbers does not, runs of a group differ in "task" or
+            "protocol", or two groups have the same label.
     """
     table = _having(table, numbers)
     for name in numbers:
@@ -56,14 +61,19 @@ def groups_of(table: pd.DataFrame, by: Sequence[str], numbers: Sequence[str]) ->
             )
         table = table.assign(**{name: values.astype(float)})
     groups = table.groupby(list(by), dropna=False) if by else [((), table)]
+    labels = set()
     for values, rows in groups:
         label = ", ".join(str(value) for value in values) or "all"
-        protocols = [str(p) for p in rows["protocol"].unique()] if "protocol" in rows else []
-        if len(protocols) > 1:
-            raise InputError(
-                f"runs of {label} differ in protocol: {', '.join(sorted(protocols))}. Fit them apart, "
-                "with --by protocol."
-            )
+        for name in _KEPT_APART:
+            found = sorted(str(value) for value in rows[name].unique()) if name in rows else []
+            if len(found) > 1:
+                raise InputError(
+                    f"runs of {label} differ in {name}: {', '.join(found)}. Add {name} to the columns that keep runs "
+                    "apart (--by), or leave rows out."
+                )
+        if label in labels:
+            raise InputError(f"two groups of runs are both called {label!r}. Rename values of {', '.join(by)}.")
+        labels.add(label)
         yield label, rows
 
 
@@ -108,6 +118,12 @@ def fit_table(
             fits[label] = fit_runs(rows[x].to_numpy(), rows[y].to_numpy(), law, perfect, draws, seed)[1]
         except InputError as error:
             raise InputError(f"{path}, {label}: {error}") from error
+        pooled = [name for name in _DESIGN if name in rows and rows.groupby(x)[name].nunique(dropna=False).max() > 1]
+        if pooled:
+            fits[label]["warnings"].append(
+                f"runs of one {x} that differ in {', '.join(pooled)} are fitted together: add it to --by, unless that "
+                "is meant."
+            )
     adjusted = false_discovery_control([fit["trend_p_value"] for fit in fits.values()])
     for fit, p in zip(fits.values(), adjusted, strict=True):
         fit |= {"trend_p_adjusted": float(p), "trend": bool(p < 1 - LEVEL)}
