@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "append_json",
+    "checksum_of",
     "rename_over",
     "require_writable",
     "set_aside",
@@ -38,6 +40,12 @@ def version_of(path: Path) -> tuple[int, ...]:
     """Numbers that are others when a file is written anew, for what is kept in memory of it."""
     about = path.stat()
     return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def checksum_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rename_over(path: Path, target: Path) -> None:

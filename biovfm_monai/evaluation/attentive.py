@@ -11,7 +11,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from biovfm_monai.errors import require_within
+from biovfm_monai.errors import InputError, require_within
 from biovfm_monai.evaluation.linear import Chosen, loss_of_rates, probabilities
 from biovfm_monai.evaluation.metrics import TASKS, ranked_auc
 from biovfm_monai.networks import AttentivePool
@@ -114,13 +114,18 @@ def attentive_probe(
         num_classes, task: as in `check_labels`.
         num_heads, rates, epochs, batch_size, seed: as in `train_attentive`.
         device: where it is trained.
+
+    Raises:
+        InputError: when it diverges at all rates.
     """
     require_within(1, whole=True, epochs=epochs, batch_size=batch_size, num_heads=num_heads)
     truth = torch.from_numpy(labels[0]).to(device)
     truth = truth.float() if task == TASKS[3] else truth
     heads = train_attentive(tokens[0], truth, num_classes, num_heads, rates, epochs, batch_size, seed)
     scores = [ranked_auc(labels[1], _likely(head, tokens[1], task), task) for head in heads]
-    best = int(np.argmax(scores))
+    if np.isnan(scores).all():
+        raise InputError("the attentive probe diverged at all rates. Look at the size of the encoder's tokens.")
+    best = int(np.nanargmax(scores))
     return Chosen({"rate": rates[best]}, scores[best], _likely(heads[best], tokens[2], task))
 
 

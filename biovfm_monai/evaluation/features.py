@@ -27,7 +27,8 @@ from biovfm_monai.networks import ViT
 from biovfm_monai.networks.heads import as_slices
 
 __all__ = [
-    "PooledFeatures", "Tokens", "cached_features", "cached_scores", "check_features", "describe_items", "require_room",
+    "PooledFeatures", "Tokens", "cached_features", "cached_scores", "check_features", "describe_items",
+    "require_finite", "require_room",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -214,11 +215,11 @@ def _kept(key: Mapping[str, Any], folder: str | Path, ending: str) -> tuple[str,
     return written, Path(folder) / f"{hashlib.sha256(written.encode()).hexdigest()[:32]}.{ending}"
 
 
-def check_features(features: np.ndarray) -> np.ndarray:
-    """Features as they are, once it is known that a probe can use them.
+def require_finite(features: np.ndarray) -> None:
+    """Refuse features, images first, of which one is NaN or infinite.
 
     Raises:
-        InputError: when one is NaN or infinite, or all images have the same ones.
+        InputError: with the number of images, and that of the first.
     """
     broken = ~np.isfinite(features).all(tuple(range(1, features.ndim)))
     if broken.any():
@@ -226,6 +227,15 @@ def check_features(features: np.ndarray) -> np.ndarray:
             f"features of {broken.sum()} of {len(features)} images are NaN or infinite, first number "
             f"{broken.argmax()}. Look for such values in the encoder's weights, or in that image."
         )
+
+
+def check_features(features: np.ndarray) -> np.ndarray:
+    """Features as they are, once it is known that a probe can use them.
+
+    Raises:
+        InputError: when one is NaN or infinite, or all images have the same ones.
+    """
+    require_finite(features)
     if (features == features[:1]).all():
         raise InputError("all images have the same features: the encoder has collapsed, or the images are all alike.")
     return features

@@ -18,6 +18,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from biovfm_monai.checkpoints import build_encoder, load_encoder
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.embed import RawPixels, embed, preprocessing_of, transform_of
+from biovfm_monai.evaluation.features import require_finite
 from biovfm_monai.files import write_atomically, write_json
 from biovfm_monai.networks import Embedder, ViT
 from biovfm_monai.sheet import draw_sheet, middle_slice
@@ -146,7 +147,7 @@ class KNNProbe:
             to them in `neighbours.png`, by number and class; None for no files.
 
     Raises:
-        InputError: when an item has no label.
+        InputError: when an item has no label, or several; in `run`, when a feature is NaN or infinite.
     """
 
     def __init__(
@@ -182,6 +183,8 @@ class KNNProbe:
         batch_size = _batch_size(images)
         for name, network in contenders.items():
             train, test = (embed(network, dataset, self.device, batch_size) for dataset in images)
+            for features in (train, test):
+                require_finite(features)
             predicted = _classify(train, self.labels[0], test, self.k)
             scores[name] = float(np.mean(predicted == np.asarray(self.labels[1])))
             if name == "encoder" and self.details_dir is not None:
@@ -223,8 +226,10 @@ class KNNProbe:
 
 def _labels(items: Sequence[Mapping[str, Any]]) -> list[Any]:
     for item in items:
-        if "label" not in item:
+        if item.get("label") is None:
             raise InputError(f'{item["image"]}: has no "label" in the datalist, and a probe needs one for each image.')
+        if isinstance(item["label"], list):
+            raise InputError(f"{item['image']}: has findings, and this probe needs one class. Take biovfm probe.")
     return [item["label"] for item in items]
 
 

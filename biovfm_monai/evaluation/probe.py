@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,7 +32,7 @@ from biovfm_monai.evaluation.knn import knn_votes
 from biovfm_monai.evaluation.linear import Chosen, linear_probe, logistic_probe
 from biovfm_monai.evaluation.metrics import TASKS, ranked_auc
 from biovfm_monai.evaluation.retrieval import Retrieved, require_classes, retrieval_probe
-from biovfm_monai.files import write_json
+from biovfm_monai.files import checksum_of, write_json
 
 __all__ = ["HEADLINES", "Probe", "probe_features", "probe_listing", "require_probes"]
 
@@ -91,9 +90,11 @@ def require_probes(probes: Sequence[str], task: str) -> None:
     """Refuse what is no probe, or none of a task, before features are made for it.
 
     Raises:
-        InputError: naming it.
+        InputError: naming it, or when there is none.
     """
     known = (*PROBES, *_FURTHER)
+    if not probes:
+        raise InputError(f"no probe is named. Name some of {', '.join(known)}.")
     unknown = [probe for probe in probes if probe not in known]
     if unknown:
         raise InputError(f"there is no probe {unknown[0]!r}, but {', '.join(known)}. Correct it.")
@@ -173,12 +174,13 @@ class Probe:
             "random_init": (PooledFeatures(untrained), Tokens(untrained)),
             "raw_pixels": (pixels, Tokens(untrained, raw=True)),
         }
-        with self.encoder_path.open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
         info = encoder_info(self.encoder_path)
         key = {part: info[part] for part in ("network", "preprocessing")}
         key |= {"version": __version__, "torch": torch.__version__, "img_size": self.img_size}
-        own: dict[str, dict[str, Any]] = {"encoder": {"weights": weights}, "random_init": {"init": self.seed}}
+        own: dict[str, dict[str, Any]] = {
+            "encoder": {"weights": checksum_of(self.encoder_path)},
+            "random_init": {"init": self.seed},
+        }
         transform = transform_of(self.encoder_path, self.img_size)
         data = {part: Dataset(list(self.benchmark.parts[part]), transform) for part in PARTS}
         if "attentive" in self.probes:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import Dataset
+from PIL import Image
 from programs import started
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
@@ -20,7 +21,7 @@ from biovfm_monai import cli
 from biovfm_monai.checkpoints import save_encoder
 from biovfm_monai.data.datalist import write_datalist
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation import Probe, RawPixels, features, knn_accuracy, probe_features
+from biovfm_monai.evaluation import KNNProbe, Probe, RawPixels, features, knn_accuracy, probe_features
 from biovfm_monai.evaluation.attentive import attentive_probe, train_attentive
 from biovfm_monai.evaluation.benchmarks import Benchmark, dataset, medmnist
 from biovfm_monai.evaluation.embed import embed
@@ -197,6 +198,35 @@ def test_an_attentive_probe_finds_the_one_token_that_tells_the_class_which_a_mea
     assert again.settings == found.settings
     other = attentive_probe(tokens, labels, 3, TASKS[0], num_heads=2, seed=1)
     assert not np.array_equal(other.likely, found.likely)
+
+
+def test_a_rate_at_which_an_attentive_probe_diverges_is_not_chosen(rng):
+    labels = [np.arange(n) % 2 for n in (40, 20, 20)]
+    tokens = [rng.standard_normal((len(of), 3, 8)).astype(np.float16) for of in labels]
+    assert attentive_probe(tokens, labels, 2, TASKS[1], 2, (float("inf"), 1e-3), 1).settings == {"rate": 1e-3}
+    with pytest.raises(InputError, match="diverged at all rates"):
+        attentive_probe(tokens, labels, 2, TASKS[1], 2, (float("inf"),), 1)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, r'a\.png: has no "label"'), ([0, 1], r"a\.png: has findings, and this probe needs one")],
+)
+def test_neighbours_of_images_without_one_class_are_refused(encoder_file, label, message):
+    with pytest.raises(InputError, match=message):
+        KNNProbe(encoder_file, [{"image": "a.png", "label": label}], [{"image": "b.png", "label": 1}])
+
+
+def test_an_encoder_of_which_features_are_nan_has_no_neighbours(tmp_path, rng):
+    encoder = ViT(1, (8, 8), 4, embed_dim=12, depth=1, num_heads=2)
+    with torch.no_grad():
+        encoder.norm.weight[0] = float("nan")
+    save_encoder(encoder, tmp_path / "encoder.safetensors", {"mean": 0.5, "std": 0.5})
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    items = [{"image": str(tmp_path / f"{name}.png"), "modality": "xray", "label": name} for name in "abc"]
+    with pytest.raises(InputError, match="features of 3 of 3 images are NaN"):
+        KNNProbe(tmp_path / "encoder.safetensors", items, items, k=2).run()
 
 
 def test_attentive_heads_trained_at_once_are_those_trained_one_by_one(rng):
@@ -405,6 +435,8 @@ def test_the_command_tells_of_further_probes_and_refuses_wrong_ones_before_featu
         Probe(encoder_file, several, ["retrieval"])
     with pytest.raises(InputError, match="there is no probe 'knm', but knn, linear, logistic, retrieval"):
         Probe(encoder_file, several, ["knm"])
+    with pytest.raises(InputError, match="no probe is named"):
+        Probe(encoder_file, several, [])
 
 
 def test_an_official_file_brings_no_warning(tmp_path, rng, monkeypatch):

@@ -17,6 +17,7 @@ from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation import KNNProbe
 from biovfm_monai.evaluation.report import collect_runs, find_runs, write_report
 from biovfm_monai.evaluation.report.figures import encode_picture
+from biovfm_monai.evaluation.report.scores import confusion_of, scores_of_table
 from biovfm_monai.evaluation.scaling import fit_table
 from biovfm_monai.networks import vit_tiny
 from tests.conftest import BUNDLE
@@ -219,6 +220,9 @@ def test_hostile_names_are_text(tmp_path, encoder_file):
         ("eval/metrics.csv", lambda _: b"dice,high\n", "metrics.csv: "),
         ("models/encoder.safetensors", lambda content: content[:50], "encoder.safetensors: "),
         ("configs/metadata.json", lambda _: b"[1]", "metadata.json: "),
+        ("eval/log.jsonl", lambda content: content + b'{"step": Infinity, "loss": 1}\n', "damaged in line 6"),
+        ("eval/probe.json", lambda _: b'{"auc": 0.5, "intervals": [1]}', "probe.json: "),
+        ("eval/probe.json", lambda _: b'{"auc": 0.5, "intervals": {"auc": [1]}}', "probe.json: "),
     ],
 )
 def test_what_is_damaged_is_set_aside_by_name_and_the_rest_is_read(tmp_path, encoder_file, file, damage, reason):
@@ -277,6 +281,59 @@ def test_a_json_file_that_is_no_fit_is_refused_by_name(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other\.json"):
         write_report([tmp_path, tmp_path / "other.json"], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("runs.csv", b"method,auc\n"),
+        ("runs.parquet", b"no table"),
+        ("fit.json", b'{"table": "", "x": "", "y": "", "by": ""'),
+        ("fit.json", b'{"table": "", "x": "", "y": "", "by": "", "fits": [1]}'),
+    ],
+)
+def test_a_damaged_table_that_nobody_named_is_set_aside(tmp_path, file, content):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    (folder / file).write_bytes(content)
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere.json")
+    write_report([folder], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert any(text.startswith(f"{file}: ") for text in page.texts)
+    with pytest.raises(InputError, match=rf"{file}: no table of runs, nor a fit"):
+        write_report([folder, folder / file], tmp_path / "report.html")
+
+
+def test_a_law_is_drawn_over_the_table_it_was_fitted_to_and_no_other(tmp_path, monkeypatch):
+    table = pd.DataFrame({"size": [1, 2, 4, 8, 16, 32], "auc": [0.6, 0.65, 0.7, 0.72, 0.75, 0.76]})
+    (tmp_path / "study").mkdir()
+    table.to_csv(tmp_path / "study/runs.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    fit_table("study/runs.csv", "size", "auc", law="log-linear", out="fit.json", draws=50)
+    (tmp_path / "elsewhere/study").mkdir(parents=True)
+    table.assign(auc=0.5).to_csv(tmp_path / "elsewhere/study/runs.csv", index=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_report([tmp_path / "fit.json"], tmp_path / "report.html")
+    assert "6 runs, auc from 0.6 to 0.76" in (tmp_path / "report.html").read_text()
+    table.iloc[:5].to_csv(tmp_path / "study/runs.csv", index=False)
+    write_report([tmp_path / "fit.json"], tmp_path / "report.html")
+    assert "its table runs.csv has changed since" in (tmp_path / "report.html").read_text()
+    (tmp_path / "study/runs.csv").unlink()
+    write_report([tmp_path / "fit.json"], tmp_path / "report.html")
+    assert "its table runs.csv is not beside it" in (tmp_path / "report.html").read_text()
+
+
+def test_findings_of_which_each_image_has_one_are_not_taken_for_classes():
+    table = pd.DataFrame({"image": list("abcd"), "mass": [0.9, 0.8, 0.1, 0.4], "nodule": [0.7, 0.1, 0.9, 0.8]})
+    labels = table.assign(label=["mass", "mass", "nodule", "nodule"])
+    assert {score.name: score.value for score in scores_of_table("run", labels)}["accuracy"] == 0.875
+    assert not list(confusion_of("findings", labels))
+    classes = labels.assign(mass=1 - labels["nodule"])
+    assert {score.name: score.value for score in scores_of_table("run", classes)}["accuracy"] == 0.75
+    assert len(list(confusion_of("classes", classes))) == 1
+    with pytest.raises(InputError, match="label '' in row 2 is not one of its classes"):
+        list(scores_of_table("run", classes.assign(label=["mass", "", "mass", "nodule"])))
 
 
 def test_a_picture_is_made_as_small_as_its_share_of_the_page():

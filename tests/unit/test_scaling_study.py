@@ -1,6 +1,8 @@
 """Studies: a grid of runs that is planned, run, stopped, gone on with and fitted."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def calls(monkeypatch):
 
     made = Calls()
 
-    def call(command, log, environment, lock):
+    def call(command, log, environment, locks):
         made.append(" ".join(map(str, command)))
         made.threads = environment.get("OMP_NUM_THREADS")
         if any(word in made[-1] for word in made.broken):
@@ -191,11 +193,16 @@ def test_a_study_runs_once_and_its_table_can_be_fitted(study, calls, images, tmp
         assert row["encoder_parameters"] == run.plan().encoder_parameters
         assert row["seconds"] > 0
 
-    with pytest.raises(InputError, match="differ in protocol"):
-        fit_table(table, "flops", "auc", ["method"])
-    assert [label for label, _ in groups_of(rows, ["protocol"], ["auc"])] == ["knn probe", "linear probe"]
-    assert [label for label, _ in groups_of(rows, ["protocol"], ["mean_average_precision"])] == ["retrieval probe"]
-    assert set(fit_table(table, "encoder_parameters", "loss", ["protocol"])["fits"]) == set(rows["protocol"])
+    for by, missing in ((["method", "task"], "protocol"), (["method", "protocol"], "task")):
+        with pytest.raises(InputError, match=f"differ in {missing}"):
+            fit_table(table, "flops", "auc", by)
+    by = ["protocol", "task"]
+    assert [label for label, _ in groups_of(rows, by, ["auc"])] == [
+        "knn probe, brightness", "linear probe, brightness", "linear probe, linear only",
+    ]  # fmt: skip
+    assert [label for label, _ in groups_of(rows, by, ["mean_average_precision"])] == ["retrieval probe, brightness"]
+    fits = fit_table(table, "encoder_parameters", "loss", by)["fits"]
+    assert set(fits) == {f"{row.protocol}, {row.task}" for row in rows.itertuples()}
     changed = {**SMALL, "batch_size": 8, "dataset_dir": str(images)}
     with pytest.raises(InputError, match=r"otherwise: settings batch_size: 4 before, 8 now\. Give another --out"):
         run_study(study(settings=changed, **one), out)
@@ -316,12 +323,39 @@ def test_a_launcher_that_is_not_there_is_named(study, tmp_path, monkeypatch, lau
         run_study(study(), tmp_path / "out", launcher)
 
 
+def test_a_run_that_goes_wrong_in_a_way_nobody_foresaw_does_not_end_the_others(study, calls, tmp_path, monkeypatch):
+    def note(folder, run):
+        if "mae_24" in folder.name:
+            raise IndexError("list index out of range")
+        original(folder, run)
+
+    original = execute._note_training
+    monkeypatch.setattr(execute, "_note_training", note)
+    table, failed = run_study(study(seeds=[0], benchmarks=None), tmp_path / "out")
+    assert failed == {"mae_24_all_1_0": "IndexError: list index out of range"}
+    assert set(pd.read_parquet(table)["run"]) == {"mae_48_all_1_0"}
+
+
+def test_a_gpu_is_kept_by_a_training_that_outlives_what_started_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with launch.gpu(tmp_path) as (device, locks):
+        assert device == "2"
+        held = [lock.fileno() for lock in locks]
+        sleeping = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
+    with launch.gpu(tmp_path) as (device, _):
+        assert device == "5"
+    sleeping.communicate(b"\n", timeout=60)
+    with launch.gpu(tmp_path) as (device, _):
+        assert device == "2"
+
+
 def test_runs_on_one_machine_take_gpus_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with launch.gpu(tmp_path) as first, launch.gpu(tmp_path) as second, launch.gpu(tmp_path) as third:
+    with launch.gpu(tmp_path) as (first, _), launch.gpu(tmp_path) as (second, _), launch.gpu(tmp_path) as (third, _):
         assert (first, second, third) == ("2", "5", "2")
-    with launch.gpu(tmp_path) as again:
+    with launch.gpu(tmp_path) as (again, _):
         assert again == "2"
 
 

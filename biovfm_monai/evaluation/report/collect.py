@@ -28,11 +28,12 @@ from biovfm_monai.evaluation.report.scores import (
     scores_of_table,
 )
 
-__all__ = ["Run", "collect_runs"]
+__all__ = ["DAMAGE", "Run", "collect_runs", "damage_of"]
 
-_DAMAGE = (
-    OSError, ValueError, KeyError, TypeError, SyntaxError, RecursionError, zipfile.BadZipFile,
-    Image.DecompressionBombError,
+# What reading a file that is not as it should be may raise.
+DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, SyntaxError, RecursionError,
+    zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
 _MOST_IMAGES = 2000
 
@@ -106,10 +107,15 @@ def _collected(name: str, folder: Path) -> Run:
 def _tried(read: Any, run: Run, path: Path) -> str:
     try:
         read(run, path)
-    except _DAMAGE as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        return reason.replace(str(path), path.name).splitlines()[0][:200]
+    except DAMAGE as error:
+        return damage_of(error, path)
     return "read"
+
+
+def damage_of(error: Exception, path: Path) -> str:
+    """What is wrong with a file, in a line that does not tell where it lies."""
+    reason = f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return reason.replace(str(path), path.name).splitlines()[0][:200]
 
 
 def _place(folder: Path, file: str) -> Path | None:
@@ -131,7 +137,7 @@ def _log(run: Run, path: Path) -> None:
         try:
             values = dict(json.loads(line))
             step = int(values.pop("step"))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             damaged.append(str(number))
             continue
         rows += [(name, step, float(value)) for name, value in values.items() if _is_number(value)]

@@ -19,7 +19,7 @@ _MARKS = (
 )  # fmt: skip
 
 
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list[Path]]:
+def find_runs(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], dict[Path, bool]]:
     """The runs and the tables of runs in folders.
 
     A folder is a run's if files that bundles leave lie in it, or in its `eval` or `models`.
@@ -28,23 +28,25 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], list
         paths: folders of runs, or of folders of them; tables (.csv, .parquet) and fits of `biovfm scale fit` (.json).
 
     Returns:
-        Name and folder of each run, in order; tables and fits.
+        Name and folder of each run, in order; tables and fits, with whether they are among `paths`.
 
     Raises:
         InputError: when a path is not there, or there is nothing to report.
     """
     roots: dict[Path, str] = {}
-    tables: list[Path] = []
+    tables: dict[Path, bool] = {}
     for given in map(Path, paths):
         if given.is_file() and given.suffix in (".csv", ".parquet", ".json"):
-            tables.append(given)
+            tables[given.resolve()] = True
             continue
         if not given.is_dir():
             raise InputError(f"{given}: neither a folder of runs nor a table (.csv, .parquet) or fit (.json) of some.")
         top = given.resolve()
         for place, _, names in sorted(os.walk(top)):
             folder = Path(place)
-            tables += [folder / name for name in sorted(names) if name in _TABLES or _is_fit(folder / name)]
+            for name in sorted(names):
+                if name in _TABLES or _is_fit(folder / name):
+                    tables.setdefault(folder / name, False)
             if set(names) & set(_MARKS):
                 root = folder.parent if folder.name in FOLDERS and folder != top else folder
                 roots.setdefault(root, str(root.relative_to(top.parent)))
@@ -61,6 +63,9 @@ def _is_fit(path: Path) -> bool:
     """Whether a file is what `biovfm scale fit` wrote, by the first keys of it."""
     if path.suffix != ".json" or path.parent.name == "configs":
         return False
-    with path.open("rb") as file:
-        start = file.read(4096)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False
     return all(key in start for key in (b'"table"', b'"x"', b'"y"', b'"by"'))

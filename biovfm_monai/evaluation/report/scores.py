@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from scipy.stats import bootstrap as bootstrap_mean
 from sklearn.metrics import confusion_matrix
 
+from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.metrics import TASKS, bootstrap, check_labels, scores_of
 
 __all__ = [
@@ -106,13 +107,27 @@ def scores_of_images(run: str, path: Path) -> Iterator[Score]:
         yield Score(run, "evaluation", f"{metric}, {name}", float(values.mean()), low, high, how)
 
 
-def _labelled(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-    """Classes, images x classes of truth, and of probabilities; None where no label is known."""
+def _labelled(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray, str] | None:
+    """Classes, images x classes of truth, and of probabilities, and the task; None where no label is known.
+
+    Probabilities of an image's classes add up to 1, and those of findings, each on its own, do not.
+
+    Raises:
+        InputError: when an image of such classes has not one of them as its label.
+    """
     if "label" not in table:
         return None
     classes = [str(name) for name in table.columns if name not in ("image", "label")]
     truth = np.array([[name in label.split("|") for name in classes] for label in table["label"]], dtype=np.int64)
-    return classes, truth, table[classes].to_numpy(float)
+    likely = table[classes].to_numpy(float)
+    if not np.allclose(likely.sum(1), 1, atol=1e-3):
+        return classes, truth, likely, TASKS[3]
+    wrong = np.flatnonzero(truth.sum(1) != 1)
+    if len(wrong):
+        raise InputError(
+            f"label {table['label'].iloc[wrong[0]]!r} in row {wrong[0] + 1} is not one of its classes. Correct it."
+        )
+    return classes, truth, likely, TASKS[1] if len(classes) == 2 else TASKS[0]
 
 
 def scores_of_table(run: str, table: pd.DataFrame) -> Iterator[Score]:
@@ -128,12 +143,8 @@ def scores_of_table(run: str, table: pd.DataFrame) -> Iterator[Score]:
     known = _labelled(table)
     if known is None:
         return
-    classes, truth, likely = known
-    if (truth.sum(1) == 1).all():
-        task, labels = TASKS[1] if len(classes) == 2 else TASKS[0], truth.argmax(1)
-    else:
-        task, labels = TASKS[3], truth
-    labels = check_labels(labels, len(classes), task, "evaluated")
+    classes, truth, likely, task = known
+    labels = check_labels(truth if task == TASKS[3] else truth.argmax(1), len(classes), task, "evaluated")
     intervals = bootstrap(labels, likely, task)
     for name, value in scores_of(labels, likely, task).items():
         low, high = intervals.get(name, (None, None))
@@ -144,7 +155,7 @@ def scores_of_table(run: str, table: pd.DataFrame) -> Iterator[Score]:
 def confusion_of(task: str, table: pd.DataFrame) -> Iterator[Confusion]:
     """The confusion matrix of a table of probabilities in which each image is of one class."""
     known = _labelled(table)
-    if known is not None and (known[1].sum(1) == 1).all():
-        classes, truth, likely = known
+    if known is not None and known[3] != TASKS[3]:
+        classes, truth, likely, _ = known
         pairs = confusion_matrix(truth.argmax(1), likely.argmax(1), labels=range(len(classes)))
         yield Confusion(task, classes, pairs)

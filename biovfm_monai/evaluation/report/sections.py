@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from biovfm_monai.errors import InputError
-from biovfm_monai.evaluation.report.collect import Run
+from biovfm_monai.evaluation.report.collect import DAMAGE, Run, damage_of
 from biovfm_monai.evaluation.report.figures import (
     Shown,
     curve_figures,
@@ -22,6 +22,7 @@ from biovfm_monai.evaluation.report.figures import (
     scaling_figure,
 )
 from biovfm_monai.evaluation.scaling.table import groups_of, read_table
+from biovfm_monai.files import checksum_of
 
 __all__ = ["Section", "Table", "sections_of"]
 
@@ -72,18 +73,18 @@ def _rows_of(summary: pd.DataFrame, names: Sequence[str]) -> list[Sequence[Any]]
     return [row for row in summary[list(names)].to_numpy(object).tolist() if any(v is not None for v in row[1:])]
 
 
-def sections_of(runs: Sequence[Run], tables: Sequence[Path], summary: pd.DataFrame) -> list[Section]:
+def sections_of(runs: Sequence[Run], tables: Mapping[Path, bool], summary: pd.DataFrame) -> list[Section]:
     """The parts of the page that have something to show, in order.
 
     Args:
         runs: as collected.
-        tables: of runs, and fits.
+        tables: of runs, and fits, with whether somebody named them.
         summary: a row per run.
 
     Raises:
-        InputError: when a table or fit cannot be read.
+        InputError: when a table or fit that was named cannot be read.
     """
-    of_tables, scaling = _given(tables)
+    of_tables, scaling, aside = _given(tables)
     what = ("run", "method", "network", "depth", "width", "parameters", "steps", "images", "loss")
     cost = ("run", "hours", "images per second", "peak memory, GiB", "FLOP/s per device", "MFU", "waiting for data")
     listed = Section("runs", "Runs", tables=of_tables)
@@ -104,46 +105,58 @@ def sections_of(runs: Sequence[Run], tables: Sequence[Path], summary: pd.DataFra
         Section("cost", "Cost", tables=[Table("Time, speed and memory", cost, costs, note)] if costs else []),
         _data_card(runs),
         _environment(runs),
-        _files(runs),
+        _files(runs, aside),
     ]
     return [section for section in found if section]
 
 
-def _given(paths: Sequence[Path]) -> tuple[list[Table], Section]:
-    """Tables of runs, and the laws that were fitted to some."""
+def _given(paths: Mapping[Path, bool]) -> tuple[list[Table], Section, list[Sequence[str]]]:
+    """Tables of runs, the laws that were fitted to some, and what cannot be read though nobody named it."""
     shown, scaling = [], Section("scaling", "Scaling")
-    for path in paths:
-        if path.suffix == ".json":
-            _add_fit(path, scaling)
-            continue
-        table = read_table(path, [])
-        note = f"The first {_MOST_ROWS} of {len(table)} rows." if len(table) > _MOST_ROWS else ""
-        rows = table.head(_MOST_ROWS).astype(object).to_numpy().tolist()
-        shown.append(Table(path.name, [str(column) for column in table], rows, note))
-    return shown, scaling
+    aside: list[Sequence[str]] = []
+    for path, named in paths.items():
+        try:
+            if path.suffix == ".json":
+                _add_fit(path, scaling)
+            else:
+                shown.append(_table(path))
+        except DAMAGE as error:
+            if named:
+                raise InputError(
+                    f"{path}: no table of runs, nor a fit of `biovfm scale fit`: {damage_of(error, path)}. Make it "
+                    "anew, or leave it out."
+                ) from error
+            aside.append([path.parent.name, f"{path.name}: {damage_of(error, path)}"])
+    return shown, scaling, aside
+
+
+def _table(path: Path) -> Table:
+    table = read_table(path, [])
+    note = f"The first {_MOST_ROWS} of {len(table)} rows." if len(table) > _MOST_ROWS else ""
+    rows = table.head(_MOST_ROWS).astype(object).to_numpy().tolist()
+    return Table(path.name, [str(column) for column in table], rows, note)
 
 
 def _add_fit(path: Path, section: Section) -> None:
-    try:
-        fit = dict(json.loads(path.read_text(encoding="utf-8")))
-        rows = [
-            [label, of["law"], name, known["value"], *known["interval"], of["r2"], of["runs"], " ".join(of["warnings"])]
-            for label, of in fit["fits"].items()
-            for name, known in of["parameters"].items()
-        ]
-        head = ("runs", "law", "parameter", "value", "lower", "upper", "R²", "number", "warnings")
-        section.tables.append(
-            Table(f"{path.name}: {fit['y']} over {fit['x']}", head, rows, f"95 %: {fit['intervals']}")
-        )
-        places = (Path(fit["table"]), path.parent / Path(fit["table"]).name)
-        source = next((place for place in places if place.is_file()), None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no fit of `biovfm scale fit` ({error!r}). Fit again, or leave it out.") from error
+    fit = dict(json.loads(path.read_text(encoding="utf-8")))
+    rows = [
+        [label, of["law"], name, known["value"], *known["interval"], of["r2"], of["runs"], " ".join(of["warnings"])]
+        for label, of in fit["fits"].items()
+        for name, known in of["parameters"].items()
+    ]
+    head = ("runs", "law", "parameter", "value", "lower", "upper", "R²", "number", "warnings")
+    shown = Table(f"{path.name}: {fit['y']} over {fit['x']}", head, rows, f"95 %: {fit['intervals']}")
+    # Both may have been moved together since.
+    given = Path(fit["table"])
+    places = [place for place in (path.parent / given, path.parent / given.name) if place.is_file()]
+    source = next((place for place in places if checksum_of(place) == fit["sha256"]), None)
     if source is None:
-        section.text += f"No plot of {path.name}: its table {Path(fit['table']).name} is not beside it. "
-        return
-    table = read_table(source, [fit["x"], fit["y"], *fit["by"]])
-    section.figures.append(scaling_figure(table, fit, dict(groups_of(table, fit["by"], [fit["x"], fit["y"]]))))
+        what = "has changed since" if places else "is not beside it"
+        section.text += f"No plot of {path.name}: its table {given.name} {what}. "
+    else:
+        table = read_table(source, [fit["x"], fit["y"], *fit["by"]])
+        section.figures.append(scaling_figure(table, fit, dict(groups_of(table, fit["by"], [fit["x"], fit["y"]]))))
+    section.tables.append(shown)
 
 
 def _scores(runs: Sequence[Run]) -> Section:
@@ -249,10 +262,10 @@ def _environment(runs: Sequence[Run]) -> Section:
     )
 
 
-def _files(runs: Sequence[Run]) -> Section:
+def _files(runs: Sequence[Run], aside: Sequence[Sequence[str]]) -> Section:
     """What was looked for and not found, and what is damaged."""
     section = Section("files", "Files that were looked for", "A page says nothing about what its runs do not hold.")
-    damaged: list[Sequence[Any]] = [[run.name, problem] for run in runs for problem in run.problems()]
+    damaged = [*([run.name, problem] for run in runs for problem in run.problems()), *aside]
     if damaged:
         section.tables.append(Table("Set aside", ("run", "file and what is wrong with it"), damaged))
     if runs:

@@ -86,24 +86,28 @@ def finish_run(folder: Path, threads: int | None = None) -> str | None:
     """
     try:
         return _finished(folder, json.loads((folder / RUN).read_text(encoding="utf-8")), threads)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return reason_of(error)
+    except Exception as error:  # what nobody foresaw of one run must not end the others
+        logger.exception("%s", folder.name)
+        return f"{type(error).__name__}: {error}"
 
 
 def _finished(folder: Path, run: Mapping[str, Any], threads: int | None) -> str | None:
-    with alone(folder / ".lock") as lock, gpu(folder.parent.parent) as device:
+    with alone(folder / ".lock") as lock, gpu(folder.parent.parent) as (device, taken):
+        locks = [lock, *taken]
         environment = ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | os.environ
         environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         if not (folder / _TRAINED).exists():
             files = [*run["files"], str(folder / _SETTINGS)]
             train = ["monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(folder)]
-            if reason := _failure(folder, [*train, "--resume", "True"], environment, lock):
+            if reason := _failure(folder, [*train, "--resume", "True"], environment, locks):
                 return reason
             _note_training(folder, run)
         if all((folder / scores_file(name)).exists() for name in run["benchmarks"]):
             return None
         score = ["biovfm_monai.evaluation.scaling", str(folder), "cpu" if device is None else "cuda"]
-        return _failure(folder, score, environment, lock)
+        return _failure(folder, score, environment, locks)
 
 
 def _prepared(run: StudyRun, folder: Path) -> Path:
@@ -134,12 +138,14 @@ def _require_same(path: Path, known: Mapping[str, Any], given: Mapping[str, Any]
         raise InputError(f"{path}: this run was begun otherwise: {'; '.join(differ)}. Give another --out, or undo it.")
 
 
-def _failure(folder: Path, command: Sequence[str], environment: Mapping[str, str], lock: IO[str]) -> str | None:
+def _failure(
+    folder: Path, command: Sequence[str], environment: Mapping[str, str], locks: Sequence[IO[str]]
+) -> str | None:
     """Run a module, and say what went wrong, if anything did. What it prints goes to log.txt."""
     path = folder / "log.txt"
     with path.open("ab") as log:
         begun = log.tell()
-        status = _call(command, log, environment, lock)
+        status = _call(command, log, environment, locks)
     if status == 0:
         return None
     with path.open("rb") as log:
@@ -149,9 +155,9 @@ def _failure(folder: Path, command: Sequence[str], environment: Mapping[str, str
     return f"ended with status {status}, see {path}: {said[-1].removeprefix('error: ')}"
 
 
-def _call(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], lock: IO[str]) -> int:
-    """Run a module; it holds the lock, too, so that it is waited for if this process is killed."""
-    held = [lock.fileno()]
+def _call(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], locks: Sequence[IO[str]]) -> int:
+    """Run a module; it holds the locks, too, so that it is waited for if this process is killed."""
+    held = [lock.fileno() for lock in locks]
     return subprocess.run(  # noqa: S603 - our own
         [sys.executable, "-m", *command], stdout=log, stderr=log, env=environment, pass_fds=held, check=False
     ).returncode

@@ -81,17 +81,24 @@ def alone(path: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def gpu(out: Path) -> Iterator[str | None]:
-    """A GPU of this machine that no other run of the study has, or the first one; None where there is none."""
+def gpu(out: Path) -> Iterator[tuple[str | None, list[IO[str]]]]:
+    """A GPU of this machine that no other run of the study has, or the first one; None where there is none.
+
+    With it come the locks that say so, for programs that may outlive this one.
+    """
     if not torch.cuda.is_available():
-        yield None
+        yield None, []
         return
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [str(n) for n in range(torch.cuda.device_count())] if given is None else given.split(",")
     with ExitStack() as opened:
-        locks = ((out / f".gpu-{platform.node()}-{device}").open("w", encoding="utf-8") for device in devices)
-        free = (device for device, lock in zip(devices, locks, strict=True) if _taken(opened.enter_context(lock)))
-        yield next(free, devices[0])
+        for device in devices:
+            path = out / f".gpu-{platform.node()}-{device}"
+            lock = opened.enter_context(path.open("w", encoding="utf-8"))
+            if _taken(lock):
+                yield device, [lock]
+                return
+        yield devices[0], []
 
 
 def _taken(lock: IO[str]) -> bool:

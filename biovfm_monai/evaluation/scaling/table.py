@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from scipy.stats import false_discovery_control
 
 from biovfm_monai.errors import InputError
 from biovfm_monai.evaluation.scaling.fit import LEVEL, fit_runs
-from biovfm_monai.files import write_json
+from biovfm_monai.files import checksum_of, write_json
 
 __all__ = ["fit_table", "groups_of", "listing", "read_table"]
 
@@ -107,7 +108,7 @@ def fit_table(
 
     Returns:
         "fits", group -> what `fit_runs` tells, with "trend_p_adjusted" for the number of groups (Benjamini and
-        Hochberg) and "trend", whether that is below 0.05; and how it was done.
+        Hochberg) and "trend", whether that is below 0.05; and how it was done, "table" being as seen from `out`.
 
     Raises:
         InputError: when the table cannot be used.
@@ -133,7 +134,8 @@ def fit_table(
                 0, f"no trend: a slope as steep comes by chance with probability {p:.2g}{corrected}."
             )
     result = {
-        "table": str(path), "x": x, "y": y, "by": list(by), "level": LEVEL,
+        "table": str(path) if out is None else os.path.relpath(path, Path(out).parent),
+        "sha256": checksum_of(Path(path)), "x": x, "y": y, "by": list(by), "level": LEVEL,
         "intervals": f"parametric bootstrap over runs, {draws} draws, seed {seed}", "fits": fits,
     }  # fmt: skip
     if out is not None:
